@@ -1,0 +1,1 @@
+"""Configuration: `schema` declares it, `load` reads it."""

@@ -1,0 +1,185 @@
+"""One YAML and dotted overrides -> a checked, frozen RunConfig; and back to a commented YAML.
+
+Why not an argument-parser generator: `--help` has to fit a screen, and an unknown key has to be answered with the
+nearest known one, whichever way it came in.
+"""
+
+import difflib
+import json
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from gigamil.config.schema import RunConfig
+from gigamil.errors import ConfigError
+
+_PATHS = (
+    "cohort.table",
+    "cohort.root",
+    "science.encoder.weights",
+    "science.warm_start",
+    "bookkeeping.out",
+    "bookkeeping.shards",
+)
+
+
+def load_config(path: Path | str | None, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML file, apply dotted overrides, and validate.
+
+    Args:
+        path: YAML file; None starts from the defaults.
+        overrides: words of the command line, `--science.epochs 3` or `science.epochs=3`; values are parsed as YAML.
+    Returns:
+        The frozen configuration; relative paths are made absolute from the working directory.
+    Raises:
+        ConfigError: unreadable YAML, an unknown key (with the nearest known one), a value of the wrong kind; all
+            problems are in one message.
+    """
+    data: dict[str, Any] = {}
+    where = "the defaults"
+    if path is not None:
+        where = f"'{path}'"
+        data = _read_yaml(Path(path))
+    for key, value in _parse_overrides(overrides):
+        _set_dotted(data, key, value)
+    try:
+        config = RunConfig.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: " + "; ".join(_explain(item) for item in error.errors())) from None
+    return absolute_paths(config)
+
+
+def absolute_paths(config: RunConfig, base: Path | None = None) -> RunConfig:
+    """Make every path absolute, relative ones counted from `base` (default: the working directory)."""
+    base = Path.cwd() if base is None else base
+    data = config.model_dump()
+    for dotted in _PATHS:
+        *parents, leaf = dotted.split(".")
+        node = data
+        for name in parents:
+            node = node[name]
+        if node[leaf] is not None:
+            node[leaf] = (base / Path(node[leaf]).expanduser()).resolve()
+    return RunConfig.model_validate(data)
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The resolved configuration as plain YAML; loading it gives an equal configuration."""
+    return yaml.safe_dump(json.loads(config.model_dump_json()), sort_keys=False, width=120)
+
+
+def to_commented_yaml(config: RunConfig) -> str:
+    """The configuration as YAML with the description of each key as a comment: what `gigamil init` writes."""
+    lines = list(_commented(config, ""))
+    return "\n".join(lines).lstrip("\n") + "\n"
+
+
+def science_digest_data(config: RunConfig) -> dict[str, Any]:
+    """The part of the configuration that changes results, as plain data: what must be equal to resume a run."""
+    data = json.loads(config.model_dump_json())
+    return {name: data[name] for name in ("slides", "science")} | {"classes": data["cohort"]["classes"]}
+
+
+def known_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[str]:
+    """Every dotted key of the configuration, depth first, in the order of the schema."""
+    for name, field in model.model_fields.items():
+        section = _section_of(field.annotation)
+        if section is None:
+            yield prefix + name
+        else:
+            yield from known_keys(section, f"{prefix}{name}.")
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"no configuration file '{path}'. Write one with: gigamil init {path} ...") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"'{path}' cannot be read as YAML: {error}") from error
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise ConfigError(f"'{path}' must hold sections such as `cohort:`; it holds a {type(data).__name__}")
+    return data
+
+
+def _parse_overrides(words: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        key, equals, text = word.removeprefix("--").partition("=")
+        if not equals:
+            if not word.startswith("--") or not rest:
+                raise ConfigError(f"cannot read the override '{word}'; type --section.key VALUE or section.key=VALUE")
+            text = rest.pop(0)
+        try:
+            yield key, yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--{key}: '{text}' is not a YAML value: {error}") from error
+
+
+def _set_dotted(data: dict[str, Any], key: str, value: Any) -> None:
+    *parents, leaf = key.split(".")
+    for name in parents:
+        below = data.setdefault(name, {})
+        if not isinstance(below, dict):
+            raise ConfigError(f"--{key}: '{name}' is a value, not a section")
+        data = below
+    data[leaf] = value
+
+
+def _explain(item: typing.Mapping[str, Any]) -> str:
+    key = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        near = _nearest(key)
+        return f"unknown key '{key}'" + (f"; did you mean '{near}'?" if near else "; see docs/configuration.md")
+    message = item["msg"].removeprefix("Value error, ")
+    return f"{key}: {message} (got {item['input']!r})" if key else message
+
+
+def _nearest(key: str) -> str | None:
+    known = list(known_keys())
+    whole = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
+    if whole:
+        return whole[0]
+    leaf = key.rpartition(".")[2]
+    leaves = {name.rpartition(".")[2]: name for name in known}
+    close = difflib.get_close_matches(leaf, list(leaves), n=1, cutoff=0.6)
+    return leaves[close[0]] if close else None
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return None
+
+
+def _commented(section: BaseModel, indent: str) -> Iterator[str]:
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if isinstance(value, BaseModel):
+            title = (type(value).__doc__ or "").strip().splitlines()[0]
+            yield ("" if indent else "\n") + f"{indent}{name}:  # {title}"
+            yield from _commented(value, indent + "  ")
+            continue
+        comment = field.description or _kind(field.annotation)
+        yield f"{indent}{name}: {_scalar(section, name)}" + (f"  # {comment}" if comment else "")
+
+
+def _scalar(section: BaseModel, name: str) -> str:
+    value = json.loads(section.model_dump_json(include={name}))[name]
+    return yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix("\n").removesuffix("\n...")
+
+
+def _kind(annotation: Any) -> str:
+    if typing.get_origin(annotation) is typing.Literal:
+        return " | ".join(str(choice) for choice in typing.get_args(annotation))
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return " or ".join(filter(None, (_kind(part) for part in typing.get_args(annotation))))
+    return ""

@@ -1,0 +1,187 @@
+"""The configuration of a run: frozen pydantic models, one YAML, unknown keys are errors.
+
+Sections by consequence: `cohort`, `slides` and `science` change results; `execution` must not (each key there has a
+test that toggling it changes nothing, or nothing beyond a stated tolerance); `bookkeeping` says where things go.
+docs/configuration.md has a row per key.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[float, Field(ge=0)]
+
+
+class Section(BaseModel):
+    """Base of every section: immutable, and a key that is not declared is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class Columns(Section):
+    """Names of the columns in the slide table, for tables that call them otherwise."""
+
+    slide_id: str = "slide_id"
+    path: str = "path"
+    patient_id: str = "patient_id"
+    label: str = "label"
+    mpp: str = "mpp"
+    site: str = "site"
+    split: str = "split"
+
+
+class Cohort(Section):
+    """Which slides, their labels, and how they are split."""
+
+    table: Path = Field(
+        Path("slides.csv"), description="CSV with slide_id, path, patient_id, label[, mpp, site, split]"
+    )
+    root: Path | None = Field(None, description="folder that relative slide paths start from; default: the table's")
+    columns: Columns = Columns()
+    classes: tuple[str, ...] | None = Field(
+        None, description="class names in order, the positive one last; default: sorted labels"
+    )
+    patient_is_slide: bool = Field(
+        False, description="true: there are no patient ids and each slide is its own patient"
+    )
+    test_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(0.3, description="share of patients held out for test")
+    val_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(0.15, description="share of patients for validation")
+    split_seed: int = Field(0, description="seed of the split")
+
+
+class Slides(Section):
+    """How slides become tiles. A change here makes new shards."""
+
+    tile_px: Annotated[int, Field(ge=16, le=4096)] = Field(224, description="tile side in pixels")
+    tile_mpp: Positive = Field(0.5, description="micron per pixel of a tile")
+    default_mpp: Positive | None = Field(None, description="mpp of slides that carry none; default: refuse them")
+    min_tissue: Fraction = Field(0.25, description="tiles with a smaller tissue fraction are dropped")
+    tissue_mpp: Positive = Field(8.0, description="micron per pixel at which tissue is sought")
+    min_tissue_area_um2: NonNegative = Field(20_000.0, description="smaller specks are not tissue")
+    max_hole_area_um2: NonNegative = Field(20_000.0, description="smaller holes are filled")
+    jpeg_quality: Annotated[int, Field(ge=50, le=100)] = Field(90, description="quality of stored tiles")
+    max_failed: Annotated[int, Field(ge=0)] = Field(0, description="`run` goes on while at most so many slides fail")
+
+
+class Encoder(Section):
+    """Tile -> embedding."""
+
+    name: str = Field("resnet18", description="small_cnn, resnet18, resnet34, resnet50 or a registered name")
+    weights: Path | None = Field(None, description="local state_dict (.safetensors, .pt); default: random start")
+    mean: tuple[Fraction, Fraction, Fraction] = Field((0.485, 0.456, 0.406), description="input mean, RGB in 0..1")
+    std: tuple[Positive, Positive, Positive] = Field((0.229, 0.224, 0.225), description="input standard deviation")
+    options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the encoder")
+
+
+class Aggregator(Section):
+    """Embeddings of a slide -> slide embedding."""
+
+    name: str = Field("gated_attention", description="gated_attention or a registered name")
+    options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the aggregator")
+
+
+class Augment(Section):
+    """Tile augmentation in training; the parameters of a tile depend on (seed, step, slide, tile) only."""
+
+    flips: bool = Field(True, description="horizontal and vertical flips")
+    turns: bool = Field(True, description="turns by 90 degrees")
+    brightness: Fraction = Field(0.1, description="largest relative change")
+    contrast: Fraction = Field(0.1, description="largest relative change")
+    saturation: Fraction = Field(0.1, description="largest relative change")
+    stain: Fraction = Field(0.05, description="largest relative change of each of hematoxylin, eosin and residual")
+
+
+class Optim(Section):
+    """AdamW with warm-up and cosine."""
+
+    lr_encoder: NonNegative = 1e-4
+    lr_head: NonNegative = 3e-4
+    weight_decay: NonNegative = 1e-2
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    warmup_steps: Annotated[int, Field(ge=0)] = 20
+    final_lr_fraction: Fraction = Field(0.01, description="the cosine ends at this share of each learning rate")
+    clip_norm: Positive | None = Field(1.0, description="largest norm of the whole gradient; null: no clipping")
+    freeze_encoder_epochs: Annotated[int, Field(ge=0)] = Field(0, description="epochs that train the head only")
+
+
+class Science(Section):
+    """What is learned, and from what. Everything here changes results."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    encoder: Encoder = Encoder()
+    aggregator: Aggregator = Aggregator()
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="dropout on the slide embedding")
+    loss: str = Field("cross_entropy", description="cross_entropy or a registered name")
+    class_weights: Literal["none", "balanced"] | tuple[Positive, ...] = "balanced"
+    augment: Augment = Augment()
+    optim: Optim = Optim()
+    epochs: Count = 20
+    slides_per_step: Count = Field(4, description="slides whose mean loss makes one optimiser step, over all ranks")
+    precision: Literal["float32", "bfloat16"] = Field("float32", description="bfloat16: autocast, softmax in float32")
+    early_stop_epochs: Count | None = Field(None, description="stop after so many epochs without a better validation")
+    warm_start: Path | None = Field(None, description="run folder whose best weights are the start")
+    bootstrap: Annotated[int, Field(ge=100)] = Field(1000, description="resamples of patients for intervals")
+
+
+class Execution(Section):
+    """How it is run. Nothing here changes results (docs/configuration.md states the tolerance of each key)."""
+
+    ranks: Count = Field(1, description="processes that `gigamil train` starts on this machine")
+    group_size: Count | None = Field(None, description="ranks that pool one set of slides; default: all")
+    chunk: Count = Field(64, description="tiles per encoder call")
+    memory: Literal["auto", "keep", "replay"] = Field(
+        "auto", description="graphs of chunks kept for backward, or encoded again; auto: keep what fits"
+    )
+    memory_budget: Positive | None = Field(
+        None, description="bytes (> 1) or fraction (<= 1) of free memory for kept graphs; default 0.5 of it"
+    )
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: Count | None = Field(None, description="CPU threads per rank; default: cores / ranks")
+    tile_workers: Count | None = Field(None, description="processes of `gigamil tile`; default: all cores")
+    prefetch: Annotated[int, Field(ge=0)] = Field(2, description="steps of tiles decoded ahead")
+    timeout_s: Positive = Field(120.0, description="longest wait in a collective before the run is given up")
+
+    @model_validator(mode="after")
+    def _group_divides(self) -> "Execution":
+        if self.group_size is not None and self.ranks > 1 and self.ranks % self.group_size:
+            fits = [d for d in range(1, self.ranks + 1) if self.ranks % d == 0]
+            raise ValueError(
+                f"execution.group_size={self.group_size} does not divide execution.ranks={self.ranks}; use one of {fits}"
+            )
+        return self
+
+
+class Bookkeeping(Section):
+    """Where results go and what is written."""
+
+    out: Path = Field(Path("runs/default"), description="run folder")
+    shards: Path | None = Field(None, description="folder of the shards; default: <out>/shards")
+    experiment: str = Field("gigamil", description="MLflow experiment")
+    name: str = Field("run", description="MLflow run name")
+    mlflow: bool = Field(True, description="log to MLflow (MLFLOW_TRACKING_URI wins over the run's own sqlite file)")
+    checkpoint_minutes: Positive = Field(10.0, description="a checkpoint at least so often, and each epoch")
+    keep_checkpoints: Annotated[int, Field(ge=2)] = Field(2, description="generations kept beside the best")
+    log_every: Count = Field(1, description="steps between lines of metrics.jsonl")
+    limit: Count | None = Field(None, description="use only the first n slides of each split and class (smoke run)")
+    heatmaps: Annotated[int, Field(ge=0)] = Field(4, description="slides drawn by `heatmap` when none is named")
+    progress: bool = True
+
+    @property
+    def shard_root(self) -> Path:
+        """Folder of the shards."""
+        return self.shards if self.shards is not None else self.out / "shards"
+
+
+class RunConfig(Section):
+    """A whole run: what one YAML file describes."""
+
+    cohort: Cohort = Cohort()
+    slides: Slides = Slides()
+    science: Science = Science()
+    execution: Execution = Execution()
+    bookkeeping: Bookkeeping = Bookkeeping()

@@ -1,0 +1,134 @@
+"""One run per folder: a lock file that says who holds it.
+
+Two signs of life are used. The kernel's lock on the open file ends with its process, whatever ended it, and is not
+fooled by a reused process number; but not every network file system passes it to other machines. So the file also
+names host, process and start time, and a holder on another machine is believed.
+"""
+
+import errno
+import fcntl
+import json
+import logging
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+
+from gigamil.errors import EnvironmentFault
+
+LOCK_NAME = ".gigamil.lock"
+_NO_KERNEL_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS}
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who holds a folder: `started` is the process's start in seconds since 1970, which tells reused numbers apart."""
+
+    what: str
+    host: str
+    pid: int
+    started: float
+
+    def __str__(self) -> str:
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.started))
+        return f"`{self.what}`, process {self.pid} on {self.host}, started {since}"
+
+
+@contextmanager
+def folder_lock(path: Path | str, what: str) -> Iterator[None]:
+    """Hold a folder for one run; it is made if it is missing.
+
+    The lock of a process that is dead, on this machine, is taken over with a notice in the log.
+
+    Args:
+        path: the folder.
+        what: the holder as the user knows it, for example "gigamil tile".
+    Raises:
+        EnvironmentFault: another run holds the folder, or it cannot be written.
+    """
+    folder = Path(path)
+    file = folder / LOCK_NAME
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = _open_locked(folder, file)
+    except OSError as error:
+        raise EnvironmentFault(f"folder '{folder}' cannot be locked: {error}. Name a writable one.") from error
+    try:
+        _take(handle, folder, file, what)
+    except BaseException:
+        os.close(handle)
+        raise
+    try:
+        yield
+    finally:
+        # Deleted while still locked: who waits for this file sees that it is gone and opens the next one.
+        file.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _open_locked(folder: Path, file: Path) -> int:
+    """Open the lock file and take the kernel's lock on it, as a file that still has its name."""
+    while True:
+        handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = _read_holder(handle)
+            os.close(handle)
+            raise _in_use(folder, file, holder) from None
+        except OSError as error:
+            if error.errno not in _NO_KERNEL_LOCKS:
+                os.close(handle)
+                raise
+        if _same_file(handle, file):
+            return handle
+        os.close(handle)  # the holder before deleted it between our open and our lock
+
+
+def _take(handle: int, folder: Path, file: Path, what: str) -> None:
+    """Write ourselves into a lock file, unless its last holder may be alive."""
+    last = _read_holder(handle)
+    if last is not None:
+        if last.host != socket.gethostname() or _alive(last):
+            raise _in_use(folder, file, last)
+        _log.warning("folder '%s': took over the lock of a run that is dead (%s)", folder, last)
+    me = Holder(what, socket.gethostname(), os.getpid(), psutil.Process().create_time())
+    os.ftruncate(handle, 0)
+    os.pwrite(handle, json.dumps(asdict(me)).encode(), 0)
+
+
+def _read_holder(handle: int) -> Holder | None:
+    """The holder that a lock file names; None if it was killed before it wrote its name."""
+    text = os.pread(handle, 4096, 0)
+    try:
+        return Holder(**json.loads(text))
+    except (ValueError, TypeError):
+        return None
+
+
+def _alive(holder: Holder) -> bool:
+    try:
+        return abs(psutil.Process(holder.pid).create_time() - holder.started) < 1.0
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _same_file(handle: int, file: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), file.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _in_use(folder: Path, file: Path, holder: Holder | None) -> EnvironmentFault:
+    who = f"by {holder}" if holder else "by a run that has just started"
+    return EnvironmentFault(
+        f"folder '{folder}' is in use {who}. Wait for it, or name another folder. If that run is dead, delete '{file}'."
+    )

@@ -1,0 +1,119 @@
+"""One run per folder; a dead run does not block the next one."""
+
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from gigamil.errors import EnvironmentFault
+from gigamil.lock import LOCK_NAME, folder_lock
+
+HOLD = """
+import sys, time
+from gigamil.lock import folder_lock
+with folder_lock(sys.argv[1], "gigamil train"):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def holder_process(folder: Path) -> subprocess.Popen[str]:
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    process.stdout.close()
+    return process
+
+
+def holder_file(folder: Path, **changes: object) -> None:
+    me = {
+        "what": "gigamil tile",
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "started": psutil.Process().create_time(),
+    }
+    folder.mkdir(exist_ok=True)
+    (folder / LOCK_NAME).write_text(json.dumps(me | changes))
+
+
+def test_held_by_another_process_then_by_its_corpse(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    process = holder_process(tmp_path)
+    try:
+        with (
+            pytest.raises(EnvironmentFault, match=rf"in use by `gigamil train`, process {process.pid} on .*delete"),
+            folder_lock(tmp_path, "gigamil tile"),
+        ):
+            pass
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert (tmp_path / LOCK_NAME).exists()
+    with caplog.at_level(logging.WARNING), folder_lock(tmp_path, "gigamil tile"):
+        assert json.loads((tmp_path / LOCK_NAME).read_text())["pid"] == os.getpid()
+    assert f"took over the lock of a run that is dead (`gigamil train`, process {process.pid}" in caplog.text
+    assert not (tmp_path / LOCK_NAME).exists()
+
+
+def test_folder_is_made_and_freed_also_after_an_error(tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "run"
+
+    def fail_inside() -> None:
+        with folder_lock(folder, "first"):
+            raise KeyError("inside")
+
+    with pytest.raises(KeyError):
+        fail_inside()
+    with folder_lock(folder, "second"):
+        assert (folder / LOCK_NAME).exists()
+    assert list(folder.iterdir()) == []
+
+
+def test_not_twice_in_one_process(tmp_path: Path) -> None:
+    with (
+        folder_lock(tmp_path, "first"),
+        pytest.raises(EnvironmentFault, match=f"in use by `first`, process {os.getpid()}"),
+        folder_lock(tmp_path, "second"),
+    ):
+        pass
+
+
+def test_another_host_is_believed(tmp_path: Path) -> None:
+    holder_file(tmp_path, host="node-17", pid=1)
+    with pytest.raises(EnvironmentFault, match="process 1 on node-17"), folder_lock(tmp_path, "x"):
+        pass
+    assert (tmp_path / LOCK_NAME).exists()
+
+
+def test_a_reused_process_number_is_not_the_holder(tmp_path: Path) -> None:
+    holder_file(tmp_path, started=psutil.Process().create_time() - 3600)
+    with folder_lock(tmp_path, "x"):
+        pass
+
+
+def test_a_living_holder_without_a_kernel_lock_is_believed(tmp_path: Path) -> None:
+    holder_file(tmp_path)
+    with pytest.raises(EnvironmentFault, match="in use by `gigamil tile`"), folder_lock(tmp_path, "x"):
+        pass
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"pid": 1}'])
+def test_a_lock_file_that_was_never_finished_does_not_block(tmp_path: Path, text: str) -> None:
+    (tmp_path / LOCK_NAME).write_text(text)
+    with folder_lock(tmp_path, "x"):
+        pass
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(EnvironmentFault, match="cannot be locked.*Name a writable one"),
+        folder_lock(tmp_path / "file", "x"),
+    ):
+        pass
