@@ -1,0 +1,20 @@
+"""Slide file -> tissue mask -> tile grid. Knows nothing of ranks, shards or models."""
+
+from gigamil.slides.grid import TileGrid, choose_tiles
+from gigamil.slides.inspect import SlideReport, inspect_slide
+from gigamil.slides.reader import MppError, Slide, SlideInfo, is_slide, open_slide
+from gigamil.slides.tissue import TissueMask, find_tissue
+
+__all__ = [
+    "MppError",
+    "Slide",
+    "SlideInfo",
+    "SlideReport",
+    "TileGrid",
+    "TissueMask",
+    "choose_tiles",
+    "find_tissue",
+    "inspect_slide",
+    "is_slide",
+    "open_slide",
+]

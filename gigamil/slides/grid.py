@@ -1,0 +1,117 @@
+"""The tile grid: index <-> position in micron, and the choice of tiles that hold tissue. No IO."""
+
+import math
+from dataclasses import dataclass
+from typing import overload
+
+import numpy as np
+
+from gigamil.slides.tissue import TissueMask
+
+
+@dataclass(frozen=True)
+class TileGrid:
+    """Squares of tile_px pixels at tile_mpp, laid from the corner of level 0 over a whole slide.
+
+    Tiles are numbered row by row: index = row * num_x + col. The last column and row may hang over the edge, so no
+    tissue is lost there; what hangs over is white. Units: micron. The slide's own mpp plays no part, so two copies of
+    a slide in different formats get the same grid.
+
+    Raises:
+        ValueError: a size that is not positive and finite.
+    """
+
+    width_um: float
+    height_um: float
+    tile_px: int
+    tile_mpp: float
+
+    def __post_init__(self) -> None:
+        for name in ("width_um", "height_um", "tile_mpp"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name}={value}: a tile grid needs a positive, finite number")
+        if self.tile_px < 1:
+            raise ValueError(f"tile_px={self.tile_px}: a tile needs at least one pixel")
+
+    @property
+    def tile_um(self) -> float:
+        """Side of a tile in micron."""
+        return self.tile_px * self.tile_mpp
+
+    @property
+    def num_x(self) -> int:
+        """Columns."""
+        return _num_along(self.width_um, self.tile_um)
+
+    @property
+    def num_y(self) -> int:
+        """Rows."""
+        return _num_along(self.height_um, self.tile_um)
+
+    @property
+    def num_tiles(self) -> int:
+        """Tiles of the whole grid, with or without tissue."""
+        return self.num_x * self.num_y
+
+    @overload
+    def col_row(self, index: int) -> tuple[int, int]: ...
+    @overload
+    def col_row(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
+    def col_row(self, index: int | np.ndarray) -> tuple[int | np.ndarray, int | np.ndarray]:
+        """Column and row of a tile, or of an integer array of tiles."""
+        self._check(index, self.num_tiles, "index")
+        return index % self.num_x, index // self.num_x
+
+    @overload
+    def index(self, col: int, row: int) -> int: ...
+    @overload
+    def index(self, col: np.ndarray, row: np.ndarray) -> np.ndarray: ...
+    def index(self, col: int | np.ndarray, row: int | np.ndarray) -> int | np.ndarray:
+        """Number of the tile at a column and row; inverse of `col_row`."""
+        self._check(col, self.num_x, "col")
+        self._check(row, self.num_y, "row")
+        return row * self.num_x + col
+
+    @overload
+    def position_um(self, index: int) -> tuple[float, float]: ...
+    @overload
+    def position_um(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
+    def position_um(self, index: int | np.ndarray) -> tuple[float | np.ndarray, float | np.ndarray]:
+        """Top left corner (x_um, y_um) of a tile, or float64 arrays for an integer array of tiles."""
+        col, row = self.col_row(index)
+        return col * self.tile_um, row * self.tile_um
+
+    @staticmethod
+    def _check(value: int | np.ndarray, limit: int, name: str) -> None:
+        values = np.asarray(value)
+        if values.size and (values.min() < 0 or values.max() >= limit):
+            raise IndexError(f"{name} {values.min()}..{values.max()} is outside 0..{limit - 1} of the tile grid")
+
+
+def choose_tiles(grid: TileGrid, mask: TissueMask, min_tissue: float) -> tuple[np.ndarray, np.ndarray]:
+    """Tiles with enough tissue, in the order of the grid.
+
+    Tiles with a smaller share than `min_tissue` are dropped, and a tile without any tissue is dropped whatever
+    `min_tissue` says. A part that hangs over the slide's edge counts as no tissue.
+
+    Args:
+        min_tissue: smallest share of the tile's area, 0 to 1.
+    Returns:
+        indices int64 [N], ascending, and their tissue fractions float32 [N]; N may be 0.
+    Raises:
+        ValueError: `min_tissue` outside 0..1.
+    """
+    if not 0 <= min_tissue <= 1:
+        raise ValueError(f"min_tissue={min_tissue} is a share of the tile's area and lies between 0 and 1")
+    indices_N = np.arange(grid.num_tiles, dtype=np.int64)
+    x_um, y_um = grid.position_um(indices_N)
+    fraction_N = mask.fraction(x_um, y_um, grid.tile_um)
+    # Sums of many squares round: a tile that is all tissue may come out a few 1e-12 below 1.
+    chosen = (fraction_N >= min_tissue - 1e-9) & (fraction_N > 1e-9)
+    return indices_N[chosen], fraction_N[chosen].astype(np.float32)
+
+
+def _num_along(length_um: float, tile_um: float) -> int:
+    # The tolerance keeps a slide of exactly ten tiles, computed as 10.0000001, from an eleventh column of white.
+    return max(1, math.ceil(length_um / tile_um - 1e-6))

@@ -1,0 +1,36 @@
+"""The report on one slide."""
+
+import pytest
+
+from gigamil.errors import SlideError
+from gigamil.slides import inspect_slide
+
+from .conftest import PINK, MakeSlide, glass, plain
+
+
+def test_report_of_a_small_slide(make_slide: MakeSlide) -> None:
+    image = glass(400, 800)
+    image[:, :400] = PINK
+    report = inspect_slide(make_slide(image, 1.0), tile_px=100, tile_mpp=1.0)
+    assert (report.num_tiles, report.num_grid_tiles) == (16, 32)
+    assert report.tissue_area_mm2 == pytest.approx(0.16, rel=0.03)
+    text = report.text()
+    for part in ("generic-tiff", "800 x 400 px", "1 um/px (from the file)", "level 2", "100 um", "16 of 32"):
+        assert part in text
+    assert "note" not in text
+
+
+def test_unequal_mpp_and_source_are_shown(make_slide: MakeSlide) -> None:
+    path = make_slide(plain(200, 200), (0.5, 1.0))
+    assert "0.5 x 1 um/px (from the file)" in inspect_slide(path).text()
+    assert "0.25 um/px (given)" in inspect_slide(path, mpp=0.25).text()
+
+
+def test_tiles_finer_than_the_slide_get_a_note(make_slide: MakeSlide) -> None:
+    text = inspect_slide(make_slide(plain(100, 100, PINK), 2.0), tile_px=64, tile_mpp=0.5).text()
+    assert "the tiles are 4 times finer than the slide: raise slides.tile_mpp" in text
+
+
+def test_errors_come_through(make_slide: MakeSlide) -> None:
+    with pytest.raises(SlideError, match="no mpp in the file"):
+        inspect_slide(make_slide(plain(64, 64), None))
