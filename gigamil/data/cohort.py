@@ -1,0 +1,247 @@
+"""The slide table: one CSV, one row per slide. Everything wrong with it is said at once, with line numbers."""
+
+import csv
+import hashlib
+import json
+import os
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from gigamil.config.schema import Cohort
+from gigamil.errors import CohortError
+from gigamil.slides.reader import MAX_MPP, MIN_MPP
+
+# An id is a folder name and a part of tar members, CSV cells, HTML and log lines: plain characters only.
+SLIDE_ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
+SPLITS = ("train", "val", "test")
+_SPLIT_WORDS = {"training": "train", "valid": "val", "validation": "val", "testing": "test"} | {s: s for s in SPLITS}
+_MAX_LISTED = 100
+
+
+@dataclass(frozen=True)
+class SlideRow:
+    """One row of the slide table; what is optional and empty is None."""
+
+    slide_id: str
+    path: Path
+    patient_id: str
+    label: str | None
+    mpp: float | None
+    site: str | None
+    split: str | None
+
+
+@dataclass(frozen=True)
+class CohortTable:
+    """A checked slide table, in the order of the file.
+
+    Attributes:
+        classes: class names; the position is the class number, and the last of two is the positive one.
+    """
+
+    rows: tuple[SlideRow, ...]
+    classes: tuple[str, ...]
+
+    def row(self, slide_id: str) -> SlideRow:
+        """The row of a slide; KeyError if there is none."""
+        return self._by_id[slide_id]
+
+    def __contains__(self, slide_id: str) -> bool:
+        return slide_id in self._by_id
+
+    def class_number(self, slide_id: str) -> int:
+        """Number of a slide's class; ValueError if its label is missing."""
+        return self.classes.index(self.row(slide_id).label or "")
+
+    @cached_property
+    def sha256(self) -> str:
+        """Digest of what a split depends on: ids, patients, labels, given splits and classes, not of paths."""
+        rows = [(row.slide_id, row.patient_id, row.label, row.split) for row in self.rows]
+        return hashlib.sha256(json.dumps([sorted(rows, key=repr), self.classes]).encode()).hexdigest()
+
+    @cached_property
+    def _by_id(self) -> dict[str, SlideRow]:
+        return {row.slide_id: row for row in self.rows}
+
+
+def load_cohort(cfg: Cohort, *, need_labels: bool = True, need_files: bool = True) -> CohortTable:
+    """Read and check the slide table.
+
+    Args:
+        cfg: the table, its column names, the classes.
+        need_labels: every row must have a label of `cfg.classes`, and at least two classes must occur.
+        need_files: every path must exist. Training needs the shards only, so it passes False.
+    Returns:
+        The table. Relative paths are joined to `cfg.root`, or to the folder of the table.
+    Raises:
+        CohortError: the file is missing or empty, a column is missing, or rows are wrong: an id that is not plain or
+            occurs twice (also up to case and Unicode form), a file under two ids, no patient, a label missing or
+            unknown, an mpp that is no plausible number, a split that is unknown or given for some rows only, a path
+            that does not exist. All of them are in one message.
+    """
+    columns, records = _read_csv(cfg.table)
+    problems = _missing_columns(cfg, columns, need_labels)
+    if problems:
+        raise _refusal(cfg.table, problems)
+    rows = {line: _Cells(cfg, record).row() for line, record in records}
+    classes = cfg.classes or tuple(sorted({row.label for row in rows.values() if row.label}, key=_natural))
+    problems = [
+        *_row_problems(cfg, records),
+        *_duplicates(rows, "slide_id", lambda row: _folded(row.slide_id)),
+        *_duplicates(rows, "path", lambda row: os.path.normpath(row.path)),
+        *_split_problems(rows),
+    ]
+    if need_labels:
+        problems += _label_problems(rows, classes)
+    if need_files:
+        problems += (f"line {n}: path '{row.path}' does not exist" for n, row in rows.items() if not row.path.exists())
+    if problems:
+        raise _refusal(cfg.table, problems)
+    return CohortTable(tuple(rows.values()), classes)
+
+
+@dataclass(frozen=True)
+class _Cells:
+    """Access to the cells of one row by the names gigamil uses; a column that the table lacks is empty."""
+
+    cfg: Cohort
+    record: Mapping[str, str]
+
+    def __getitem__(self, name: str) -> str:
+        return self.record.get(getattr(self.cfg.columns, name), "").strip()
+
+    def row(self) -> SlideRow:
+        """The row, with cells that cannot be read as None; `_row_problems` reports them."""
+        root = self.cfg.root if self.cfg.root is not None else self.cfg.table.parent
+        return SlideRow(
+            slide_id=self["slide_id"],
+            path=root / Path(self["path"]).expanduser(),
+            patient_id=self["slide_id"] if self.cfg.patient_is_slide else self["patient_id"],
+            label=self["label"] or None,
+            mpp=_number(self["mpp"]),
+            site=self["site"] or None,
+            split=_SPLIT_WORDS.get(self["split"].lower(), self["split"]) or None,
+        )
+
+
+def _read_csv(table: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
+    """Column names, and rows with the line they stand on. Cells stay text: '001' is not 1 and 'NA' is not missing."""
+    try:
+        with table.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file)
+            columns = [name.strip() for name in next(reader, [])]
+            lines = [(reader.line_num, cells) for cells in reader if cells]
+    except FileNotFoundError:
+        raise CohortError(f"no slide table '{table}'. Set cohort.table, or write one with: gigamil init") from None
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise CohortError(f"slide table '{table}' cannot be read as UTF-8 CSV: {error}") from error
+    if not lines:
+        raise CohortError(f"slide table '{table}' has no rows below its header")
+    ragged = [
+        f"line {line} has {len(cells)} cells and the header {len(columns)}; put cells that hold a comma in quotes"
+        for line, cells in lines
+        if len(cells) != len(columns)
+    ]
+    if ragged:
+        raise _refusal(table, ragged)
+    return columns, [(line, dict(zip(columns, cells, strict=True))) for line, cells in lines]
+
+
+def _missing_columns(cfg: Cohort, columns: Iterable[str], need_labels: bool) -> list[str]:
+    needed = ["slide_id", "path"]
+    needed += [] if cfg.patient_is_slide else ["patient_id"]
+    needed += ["label"] if need_labels else []
+    problems = []
+    for name in needed:
+        column = getattr(cfg.columns, name)
+        if column not in columns:
+            cure = f"set cohort.columns.{name} to one of: {', '.join(columns)}"
+            if name == "patient_id":
+                cure += "; or set cohort.patient_is_slide=true if every slide is a patient of its own"
+            problems.append(f"no column '{column}': {cure}")
+    return problems
+
+
+def _row_problems(cfg: Cohort, records: Iterable[tuple[int, Mapping[str, str]]]) -> Iterator[str]:
+    for line, record in records:
+        cells = _Cells(cfg, record)
+        if not SLIDE_ID.fullmatch(cells["slide_id"]):
+            allowed = "1 to 128 of A-Z a-z 0-9 . _ - and not begin with a dot"
+            yield f"line {line}: slide_id {cells['slide_id']!r} must be {allowed}"
+        if not cells["path"]:
+            yield f"line {line}: path is empty"
+        if not cfg.patient_is_slide and not cells["patient_id"]:
+            yield f"line {line}: patient_id is empty, so leakage between splits could not be seen"
+        if cells["mpp"]:
+            yield from _mpp_problem(line, cells["mpp"])
+
+
+def _mpp_problem(line: int, text: str) -> Iterator[str]:
+    mpp = _number(text)
+    if mpp is None:
+        hint = " (write a point, not a comma)" if "," in text else ""
+        yield f"line {line}: mpp {text!r} is not a number{hint}"
+    elif not MIN_MPP <= mpp <= MAX_MPP:  # also refuses NaN
+        yield f"line {line}: mpp {text!r} cannot be true (plausible: {MIN_MPP:g} to {MAX_MPP:g} micron per pixel)"
+
+
+def _duplicates(rows: Mapping[int, SlideRow], name: str, key: Callable[[SlideRow], str]) -> Iterator[str]:
+    first: dict[str, int] = {}
+    for line, row in rows.items():
+        before = first.setdefault(key(row), line)
+        if before != line:
+            other = getattr(rows[before], name)
+            yield f"line {line}: {name} '{getattr(row, name)}' is that of line {before} ('{other}')"
+
+
+def _split_problems(rows: Mapping[int, SlideRow]) -> Iterator[str]:
+    without = [line for line, row in rows.items() if row.split is None]
+    if without and len(without) < len(rows):
+        yield f"line {without[0]}: split is empty, as in {len(without)} rows altogether; fill all rows or none"
+    for line, row in rows.items():
+        if row.split is not None and row.split not in SPLITS:
+            yield f"line {line}: split '{row.split}' is not one of {', '.join(SPLITS)}"
+
+
+def _label_problems(rows: Mapping[int, SlideRow], classes: tuple[str, ...]) -> Iterator[str]:
+    for line, row in rows.items():
+        if row.label is None:
+            yield f"line {line}: slide '{row.slide_id}' has no label"
+        elif row.label not in classes:
+            yield f"line {line}: label '{row.label}' is not in cohort.classes ({', '.join(classes)})"
+    count = Counter(row.label for row in rows.values())
+    if len(set(classes)) < 2:
+        yield f"a classifier needs at least two classes, found: {', '.join(classes) or 'none'}"
+    for name in classes:
+        if not count[name]:
+            yield f"class '{name}' of cohort.classes has no slide"
+
+
+def _refusal(table: Path, problems: list[str]) -> CohortError:
+    listed = "\n".join(f"  - {problem}" for problem in problems[:_MAX_LISTED])
+    rest = len(problems) - _MAX_LISTED
+    more = f"\n  - and {rest} more" if rest > 0 else ""
+    return CohortError(f"slide table '{table}' has {len(problems)} problem(s):\n{listed}{more}")
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _folded(slide_id: str) -> str:
+    # Folders of ids that differ in case only are one folder on macOS and Windows.
+    return unicodedata.normalize("NFKC", slide_id).casefold()
+
+
+def _natural(label: str) -> tuple[float, str]:
+    """Sort '2' before '10', and numbers before words."""
+    number = _number(label)
+    return (float("inf") if number is None else number, label)

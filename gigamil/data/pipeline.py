@@ -1,0 +1,180 @@
+"""The tiles that this rank owns in a step: partition + shards -> one uint8 tensor, decoded ahead in a thread.
+
+What a rank gets is a pure function of the plan; prefetching changes when it is read, never what or in which order.
+"""
+
+import queue
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gigamil import keyed
+from gigamil.data.decode import decode_tiles
+from gigamil.errors import ShardError
+from gigamil.parallel.topology import Topology
+from gigamil.partition.schedule import StepPlan
+from gigamil.shards.index import SlideIndex
+
+
+class TileSource(Protocol):
+    """Where tiles come from: what `gigamil.shards.ShardSet` offers."""
+
+    def read_span(self, slide_id: str, start: int, stop: int) -> list[bytes]:
+        """JPEG bytes of tiles start..stop - 1 in stored order."""
+        ...
+
+    def index(self, slide_id: str) -> SlideIndex:
+        """Where each tile lies."""
+        ...
+
+
+@dataclass(frozen=True)
+class StepTiles:
+    """This rank's tiles of one step, in pooled order.
+
+    Attributes:
+        image_nHWC: uint8 RGB.
+        slide_index_n: int64, which of the group's slides each tile belongs to.
+        number_n: int64, the tile's number in its slide (stored order).
+        position_n2: float64, top-left corner in micron.
+    """
+
+    image_nHWC: Tensor
+    slide_index_n: Tensor
+    number_n: Tensor
+    position_n2: Tensor
+
+    @property
+    def num_tiles(self) -> int:
+        """Tiles of this rank."""
+        return len(self.number_n)
+
+
+class StepLoader:
+    """Reads the spans of this rank, step by step.
+
+    Args:
+        source: tiles of slides.
+        slide_ids: the list that `StepPlan.slides` indexes.
+        tile_px: side of a tile.
+        topology: which group and which rank of it this is.
+        prefetch: steps decoded ahead in a thread; 0 reads when asked.
+    """
+
+    def __init__(
+        self, source: TileSource, slide_ids: Sequence[str], tile_px: int, topology: Topology, prefetch: int = 2
+    ) -> None:
+        self._source = source
+        self._slide_ids = slide_ids
+        self._tile_px = tile_px
+        self._topology = topology
+        self._prefetch = prefetch
+        self.wait_s = 0.0  # seconds that the consumer has waited for tiles
+
+    def load(self, plan: StepPlan) -> StepTiles:
+        """Read and decode this rank's tiles of a step.
+
+        Raises:
+            ShardError: a shard or a tile is damaged; the message names the slide and the tile.
+        """
+        images, slide_index, numbers, positions = [], [], [], []
+        group = plan.groups[self._topology.group]
+        for span in plan.spans(self._topology.group, self._topology.group_rank):
+            slide_id = self._slide_ids[plan.slides[group[span.slide]]]
+            jpegs = self._source.read_span(slide_id, span.start, span.stop)
+            try:
+                images.append(decode_tiles(jpegs, self._tile_px))
+            except ShardError as error:
+                raise ShardError(f"slide '{slide_id}', tiles {span.start}..{span.stop - 1}: {error}") from error
+            slide_index.append(np.full(span.num_tiles, span.slide, dtype=np.int64))
+            numbers.append(np.arange(span.start, span.stop, dtype=np.int64))
+            index = self._source.index(slide_id)
+            positions.append(np.stack([index.x_um, index.y_um], axis=1)[span.start : span.stop])
+        side = self._tile_px
+        return StepTiles(
+            torch.from_numpy(_joined(images, (0, side, side, 3), np.uint8)),
+            torch.from_numpy(_joined(slide_index, (0,), np.int64)),
+            torch.from_numpy(_joined(numbers, (0,), np.int64)),
+            torch.from_numpy(_joined(positions, (0, 2), np.float64)),
+        )
+
+    def iterate(self, plans: Iterable[StepPlan]) -> Iterator[tuple[StepPlan, StepTiles | Exception]]:
+        """Yield each plan with its tiles, or with the error that reading them raised: ranks agree on errors first."""
+        return self._ahead(plans) if self._prefetch else self._one_by_one(plans)
+
+    def _load_or_error(self, plan: StepPlan) -> StepTiles | Exception:
+        try:
+            return self.load(plan)
+        except Exception as error:  # noqa: BLE001 - handed to the consumer, which agrees on it with the other ranks and raises
+            return error
+
+    def _one_by_one(self, plans: Iterable[StepPlan]) -> Iterator[tuple[StepPlan, StepTiles | Exception]]:
+        for plan in plans:
+            start = time.perf_counter()
+            tiles = self._load_or_error(plan)
+            self.wait_s += time.perf_counter() - start
+            yield plan, tiles
+
+    def _ahead(self, plans: Iterable[StepPlan]) -> Iterator[tuple[StepPlan, StepTiles | Exception]]:
+        ready: queue.Queue[tuple[StepPlan, StepTiles | Exception] | None] = queue.Queue(self._prefetch)
+        stop = threading.Event()
+
+        def put(item: tuple[StepPlan, StepTiles | Exception] | None) -> None:
+            while not stop.is_set():
+                try:
+                    return ready.put(item, timeout=0.1)
+                except queue.Full:
+                    continue
+
+        def produce() -> None:
+            for plan in plans:
+                if stop.is_set():
+                    return
+                put((plan, self._load_or_error(plan)))
+            put(None)
+
+        thread = threading.Thread(target=produce, name="gigamil-prefetch", daemon=True)
+        thread.start()
+        try:
+            while True:
+                start = time.perf_counter()
+                item = ready.get()
+                self.wait_s += time.perf_counter() - start
+                if item is None:
+                    return
+                yield item
+        finally:
+            stop.set()
+            thread.join()
+
+
+class DrawKeys:
+    """Keys of the random draws of a step: functions of (seed, step, slide, tile).
+
+    Args:
+        seed: `science.seed`.
+        slide_ids: the list that `StepPlan.slides` indexes.
+    """
+
+    def __init__(self, seed: int, slide_ids: Sequence[str]) -> None:
+        self._root = keyed.root_key(seed)
+        self._slides = torch.tensor([keyed.text_key(slide_id) for slide_id in slide_ids], dtype=torch.int64)
+
+    def slides(self, step: int, slides: Sequence[int]) -> Tensor:
+        """int64 (B,): a key per slide of a group, equal on all its ranks."""
+        return keyed.fold(keyed.fold(self._root, step), self._slides[torch.tensor(slides, dtype=torch.int64)])
+
+    @staticmethod
+    def tiles(slide_key_B: Tensor, slide_index_n: Tensor, number_n: Tensor) -> Tensor:
+        """int64 (n,): a key per tile."""
+        return keyed.fold(slide_key_B[slide_index_n], number_n)
+
+
+def _joined(parts: list[np.ndarray], empty: tuple[int, ...], dtype: type) -> np.ndarray:
+    return np.concatenate(parts) if parts else np.empty(empty, dtype)

@@ -1,0 +1,1 @@
+"""Same result, less memory: which graphs are kept for backward, and replay of the others."""

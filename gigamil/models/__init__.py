@@ -1,0 +1,22 @@
+"""Models: ordinary single-process modules, the reference for every test."""
+
+from gigamil.models.aggregator import GatedAttention, aggregators
+from gigamil.models.bag import Bag, LocalPool, softmax_pool
+from gigamil.models.dropout import KeyedDropout
+from gigamil.models.encoder import FrozenStatistics, SmallCNN, TileEncoder, encoders
+from gigamil.models.slide_model import SlideModel, build_model
+
+__all__ = [
+    "Bag",
+    "FrozenStatistics",
+    "GatedAttention",
+    "KeyedDropout",
+    "LocalPool",
+    "SlideModel",
+    "SmallCNN",
+    "TileEncoder",
+    "aggregators",
+    "build_model",
+    "encoders",
+    "softmax_pool",
+]

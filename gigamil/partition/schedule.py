@@ -1,0 +1,69 @@
+"""Which slides make which step, and which group pools them: pure functions of (seed, epoch, sizes)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from gigamil.partition.spans import Span, chunk_ranges, owned_spans
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """The slides of one optimiser step and the group that pools each.
+
+    Attributes:
+        slides: indices into the caller's slide list, in the epoch's order.
+        sizes: number of tiles of each of them.
+        groups: for each group, positions in `slides` that it pools, ascending; may be empty.
+        group_size: ranks of a group.
+    """
+
+    slides: tuple[int, ...]
+    sizes: tuple[int, ...]
+    groups: tuple[tuple[int, ...], ...]
+    group_size: int
+
+    def spans(self, group: int, group_rank: int) -> tuple[Span, ...]:
+        """Spans that a rank owns; `Span.slide` counts in `groups[group]`."""
+        return owned_spans([self.sizes[position] for position in self.groups[group]], group_rank, self.group_size)
+
+    def max_calls(self, chunk: int) -> int:
+        """Largest number of encoder calls that any rank of the world makes for its own tiles (at least 1)."""
+        tiles = [sum(self.sizes[position] for position in group) for group in self.groups]
+        most = -(-max(tiles) // self.group_size)  # the largest run that `owned_range` hands out
+        return max(1, len(chunk_ranges(most, chunk)))
+
+
+def epoch_order(num_slides: int, seed: int, epoch: int) -> np.ndarray:
+    """Order of the training slides in an epoch: int64 (num_slides,), the same for any number of ranks."""
+    key = np.array([seed % 2**64, epoch], dtype=np.uint64)  # a plain list of these would become float64 and lose bits
+    generator = np.random.Generator(np.random.Philox(key=key))
+    return generator.permutation(num_slides)
+
+
+def plan_steps(
+    order: Sequence[int] | np.ndarray, sizes: Sequence[int], slides_per_step: int, num_groups: int, group_size: int
+) -> list[StepPlan]:
+    """Cut an epoch's order into steps and share each step's slides between groups.
+
+    Every slide is in exactly one step; the last step may be smaller. Groups are balanced by tiles: the largest slide
+    goes first, each to the group with the fewest tiles so far (ties to the lowest group).
+    """
+    plans = []
+    for start in range(0, len(order), slides_per_step):
+        slides = tuple(int(index) for index in order[start : start + slides_per_step])
+        step_sizes = tuple(int(sizes[index]) for index in slides)
+        plans.append(StepPlan(slides, step_sizes, balance(step_sizes, num_groups), group_size))
+    return plans
+
+
+def balance(sizes: Sequence[int], num_groups: int) -> tuple[tuple[int, ...], ...]:
+    """Share positions 0..len(sizes) - 1 between groups by largest-first; each group's positions ascend."""
+    groups: list[list[int]] = [[] for _ in range(num_groups)]
+    load = [0] * num_groups
+    for position in sorted(range(len(sizes)), key=lambda p: (-sizes[p], p)):
+        target = min(range(num_groups), key=lambda g: (load[g], g))
+        groups[target].append(position)
+        load[target] += sizes[position]
+    return tuple(tuple(sorted(group)) for group in groups)

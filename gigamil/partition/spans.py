@@ -1,0 +1,56 @@
+"""Who owns which tiles of a step: pure integers.
+
+The tiles of a group's slides are laid end to end, and rank r of R owns the run [T r // R, T (r + 1) // R) of the T
+tiles. So ranks differ by one tile at most, whatever the slide sizes; a rank may own none, or parts of several slides.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Span:
+    """A contiguous run of one slide's tiles, in stored (Hilbert) order: a compact region of tissue.
+
+    Attributes:
+        slide: position of the slide in the group's list.
+        start, stop: first tile number and one past the last.
+    """
+
+    slide: int
+    start: int
+    stop: int
+
+    @property
+    def num_tiles(self) -> int:
+        """Number of tiles."""
+        return self.stop - self.start
+
+
+def owned_range(num_items: int, rank: int, num_ranks: int) -> tuple[int, int]:
+    """The contiguous run of `num_items` that `rank` owns: [N r // R, N (r + 1) // R)."""
+    if not 0 <= rank < num_ranks:
+        raise ValueError(f"rank {rank} is not in 0..{num_ranks - 1}")
+    return num_items * rank // num_ranks, num_items * (rank + 1) // num_ranks
+
+
+def owned_spans(slide_sizes: Sequence[int], rank: int, num_ranks: int) -> tuple[Span, ...]:
+    """The spans of pooled tiles that a rank of a group owns, in order; empty if it owns none.
+
+    Args:
+        slide_sizes: tiles of each slide of the group.
+        rank, num_ranks: position inside the group and the group's size.
+    """
+    begin, end = owned_range(sum(slide_sizes), rank, num_ranks)
+    spans, offset = [], 0
+    for slide, size in enumerate(slide_sizes):
+        start, stop = max(begin - offset, 0), min(end - offset, size)
+        if start < stop:
+            spans.append(Span(slide, start, stop))
+        offset += size
+    return tuple(spans)
+
+
+def chunk_ranges(num_tiles: int, chunk: int) -> tuple[tuple[int, int], ...]:
+    """Cut a rank's tiles into encoder calls of at most `chunk` tiles; no tiles give no call."""
+    return tuple((start, min(start + chunk, num_tiles)) for start in range(0, num_tiles, chunk))

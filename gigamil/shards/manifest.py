@@ -1,0 +1,128 @@
+"""The manifest of a slide: the last file written, so a slide that has one is complete.
+
+It holds no patient, no label and no path: shards can be shared without them.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from gigamil.errors import ShardError
+from gigamil.shards.format import FORMAT_VERSION, MANIFEST
+
+Setting = str | int | float | None
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FileDigest(_Record):
+    """A file beside the manifest."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
+class SlideManifest(_Record):
+    """What a slide is and how it was tiled.
+
+    Lengths end in their unit: `_px0` level-0 pixels, `_um` micron, `mpp` micron per pixel.
+    `settings` are the values that decide the tiles and `settings_hash` their digest; `source_fingerprint` tells
+    another slide file, or a copy that was cut short, from the one that was tiled.
+    """
+
+    format_version: Literal[1]
+    slide_id: str
+    vendor: str
+    objective: str | None
+    width_px0: int
+    height_px0: int
+    bounds_x_px0: int
+    bounds_y_px0: int
+    mpp_x: float
+    mpp_y: float
+    mpp_source: str
+    tile_px: int
+    tile_mpp: float
+    num_x: int
+    num_y: int
+    num_tiles: int
+    tissue_area_mm2: float
+    thumbnail_mpp: float
+    mask_sha256: str
+    settings: dict[str, Setting]
+    settings_hash: str
+    source_fingerprint: str
+    tars: tuple[FileDigest, ...]
+    index: FileDigest
+    thumbnail: FileDigest
+    mask: FileDigest
+
+    @property
+    def tile_um(self) -> float:
+        """Side of a tile in micron."""
+        return self.tile_px * self.tile_mpp
+
+    @property
+    def files(self) -> tuple[FileDigest, ...]:
+        """Every file beside the manifest."""
+        return (*self.tars, self.index, self.thumbnail, self.mask)
+
+    @property
+    def why_empty(self) -> str:
+        """Why there is no tile; empty if there are tiles."""
+        if self.num_tiles:
+            return ""
+        if not self.tissue_area_mm2:
+            return "no tissue found: the slide is empty, or all of it lies in specks below slides.min_tissue_area_um2"
+        return (
+            f"{self.tissue_area_mm2:.3f} mm2 of tissue, but no tile of {self.tile_um:g} um holds enough of it; "
+            f"lower slides.min_tissue ({self.settings['min_tissue']}) or slides.tile_px"
+        )
+
+
+def settings_digest(settings: dict[str, Setting]) -> str:
+    """Digest of the values that decide the tiles."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def digest_file(path: Path) -> FileDigest:
+    """Size and sha256 of a file, read once in blocks."""
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    return FileDigest(name=path.name, bytes=path.stat().st_size, sha256=sha256)
+
+
+def read_manifest(folder: Path) -> SlideManifest:
+    """Read the manifest of a slide's folder.
+
+    Raises:
+        ShardError: it is missing, is not a manifest of this format version, or belongs to another slide.
+    """
+    path = folder / MANIFEST
+    cure = f"Delete the folder '{folder}' and run `gigamil tile` again."
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ShardError(
+            f"slide '{folder.name}' has no shards: '{path}' is missing. Run `gigamil tile` first."
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ShardError(f"slide '{folder.name}': '{path}' cannot be read: {error}. {cure}") from error
+    try:
+        manifest = SlideManifest.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"])) or "the file"
+        raise ShardError(
+            f"slide '{folder.name}': '{path}' is not a manifest of format version {FORMAT_VERSION}: {key}: "
+            f"{first['msg']}. {cure}"
+        ) from error
+    if manifest.slide_id != folder.name:
+        raise ShardError(f"'{path}' is the manifest of slide '{manifest.slide_id}', not of '{folder.name}'. {cure}")
+    return manifest

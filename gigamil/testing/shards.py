@@ -1,0 +1,83 @@
+"""Shards without a slide file: for tests of what comes after tiling."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import simplejpeg
+from PIL import Image
+
+from gigamil.shards.format import FORMAT_VERSION, INDEX, MASK, THUMBNAIL, TILES_PER_TAR
+from gigamil.shards.index import SlideIndex, write_index
+from gigamil.shards.manifest import SlideManifest, digest_file, settings_digest
+from gigamil.shards.write import commit, staged_slide, write_tars
+
+
+def noise_jpegs(num: int, tile_px: int, seed: int = 0) -> list[bytes]:
+    """JPEG tiles of noise; no two are equal."""
+    tiles = np.random.default_rng(seed).integers(0, 256, (num, tile_px, tile_px, 3), dtype=np.uint8)
+    return [simplejpeg.encode_jpeg(tile, quality=90) for tile in tiles]
+
+
+def make_shards(
+    root: Path,
+    slide_id: str,
+    jpegs: Sequence[bytes],
+    *,
+    tile_px: int,
+    tile_mpp: float = 0.5,
+    tiles_per_tar: int | None = None,
+) -> SlideManifest:
+    """Store given tiles as the finished shards of a slide.
+
+    The tiles lie row by row on the smallest square grid that holds them; mpp of the slide and of the tiles are equal.
+    """
+    side = max(1, int(np.ceil(np.sqrt(len(jpegs)))))
+    row, col = np.divmod(np.arange(len(jpegs), dtype=np.int64), side)
+    with staged_slide(root, slide_id) as folder:
+        stored = write_tars(folder, slide_id, jpegs, tiles_per_tar or TILES_PER_TAR)
+        index = SlideIndex(
+            tar=stored.tar,
+            offset=stored.offset,
+            length=stored.length,
+            number=np.arange(len(jpegs), dtype=np.int64),
+            x_um=col * tile_px * tile_mpp,
+            y_um=row * tile_px * tile_mpp,
+            x_px0=col * tile_px,
+            y_px0=row * tile_px,
+            tissue=np.ones(len(jpegs), np.float32),
+            crc32=stored.crc32,
+        )
+        write_index(folder / INDEX, index)
+        Image.new("RGB", (side * 8, side * 8), (230, 160, 200)).save(folder / THUMBNAIL)
+        Image.new("1", (side * 8, side * 8), 1).save(folder / MASK)
+        manifest = SlideManifest(
+            format_version=FORMAT_VERSION,
+            slide_id=slide_id,
+            vendor="test",
+            objective=None,
+            width_px0=side * tile_px,
+            height_px0=side * tile_px,
+            bounds_x_px0=0,
+            bounds_y_px0=0,
+            mpp_x=tile_mpp,
+            mpp_y=tile_mpp,
+            mpp_source="table",
+            tile_px=tile_px,
+            tile_mpp=tile_mpp,
+            num_x=side,
+            num_y=side,
+            num_tiles=len(jpegs),
+            tissue_area_mm2=1.0,
+            thumbnail_mpp=tile_px * tile_mpp / 8,
+            mask_sha256="",
+            settings={"min_tissue": 0.0},
+            settings_hash=settings_digest({"min_tissue": 0.0}),
+            source_fingerprint="",
+            tars=stored.tars,
+            index=digest_file(folder / INDEX),
+            thumbnail=digest_file(folder / THUMBNAIL),
+            mask=digest_file(folder / MASK),
+        )
+        commit(root, folder, manifest)
+    return manifest

@@ -1,0 +1,231 @@
+"""Tiles survive the round trip, a span reads its bytes only, and every kind of damage is named."""
+
+import contextlib
+import os
+import pickle
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from webdataset.tariterators import group_by_keys, tar_file_expander
+
+from gigamil.errors import ShardError
+from gigamil.shards.format import slide_folder
+from gigamil.shards.read import ShardSet
+from gigamil.shards.write import clear_leftovers, remove_slide, staged_slide
+from gigamil.testing.shards import make_shards, noise_jpegs
+
+DOTTED = "TCGA-83-5908-01Z-00-DX1.381c8f82-61a0-4e9d-982d-1ad0af7bead9"
+JPEGS = noise_jpegs(10, 16)
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> ShardSet:
+    make_shards(tmp_path, DOTTED, JPEGS, tile_px=16, tiles_per_tar=4)
+    return ShardSet(tmp_path)
+
+
+def tar_path(shards: ShardSet, number: int = 0) -> Path:
+    return shards.folder(DOTTED) / shards.manifest(DOTTED).tars[number].name
+
+
+def members(shards: ShardSet, number: int) -> list[str]:
+    with tarfile.open(tar_path(shards, number)) as tar:
+        return tar.getnames()
+
+
+def test_every_span_across_tars(shards: ShardSet) -> None:
+    assert [len(members(shards, number)) for number in range(3)] == [4, 4, 2]
+    for start in range(11):
+        for stop in range(start, 11):
+            assert shards.read_span(DOTTED, start, stop) == JPEGS[start:stop]
+
+
+def test_a_span_reads_its_own_bytes_only(shards: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads = []
+    real = os.pread
+
+    def watched(handle: int, length: int, offset: int) -> bytes:
+        reads.append((offset, length))
+        return real(handle, length, offset)
+
+    monkeypatch.setattr(os, "pread", watched)
+    shards.read_span(DOTTED, 2, 6)
+    index = shards.index(DOTTED)
+    assert [offset for offset, _ in reads] == [index.offset[2] - 512, index.offset[4] - 512]
+    assert sum(length for _, length in reads) <= sum(index.length[2:6]) + 4 * 1024
+
+
+def test_webdataset_sees_one_sample_per_tile_of_a_dotted_id(shards: ShardSet) -> None:
+    """In the base name, the dot of the id would end the key and merge the slide into one sample."""
+    # On our own handles: webdataset leaves those that it opens to the garbage collector.
+    with contextlib.ExitStack() as stack:
+        paths = [tar_path(shards, number) for number in range(3)]
+        sources = [{"url": str(path), "stream": stack.enter_context(path.open("rb"))} for path in paths]
+        samples = list(group_by_keys(tar_file_expander(sources)))
+    assert [sample["__key__"] for sample in samples] == [f"{DOTTED}/{n:06d}" for n in range(10)]
+    assert [sample["jpg"] for sample in samples] == JPEGS
+
+
+def test_same_tiles_give_same_bytes(tmp_path: Path) -> None:
+    for root in ("a", "b"):
+        make_shards(tmp_path / root, "s", JPEGS, tile_px=16, tiles_per_tar=4)
+    files = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*") if path.is_file())
+    assert len(files) == 7
+    for file in files:
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
+
+
+def test_ids_that_webdataset_would_skip_or_ustar_would_split(tmp_path: Path) -> None:
+    for slide_id in ("__x__", "a" * 128):
+        make_shards(tmp_path, slide_id, JPEGS[:2], tile_px=16)
+        assert ShardSet(tmp_path).read_span(slide_id, 0, 2) == JPEGS[:2]
+
+
+def test_index_and_positions(shards: ShardSet) -> None:
+    index = shards.index(DOTTED)
+    assert index.tar.tolist() == [0] * 4 + [1] * 4 + [2] * 2
+    assert index.number.tolist() == list(range(10))
+    assert shards.positions_um(DOTTED)[5].tolist() == [8.0, 8.0]  # column 1, row 1 of tiles of 8 micron
+    assert shards.manifest(DOTTED).tile_um == 8.0
+
+
+def test_slides_without_a_tile_are_not_listed(tmp_path: Path) -> None:
+    make_shards(tmp_path, "empty", [], tile_px=16)
+    make_shards(tmp_path, "full", JPEGS, tile_px=16)
+    shards = ShardSet(tmp_path)
+    assert shards.slide_ids == ("full",)
+    assert shards.read_span("empty", 0, 0) == []
+    assert shards.manifest("empty").why_empty.startswith("1.000 mm2 of tissue, but no tile of 8 um holds enough of it")
+
+
+def test_a_pickled_copy_reads_the_same(shards: ShardSet) -> None:
+    shards.read_span(DOTTED, 0, 1)
+    assert pickle.loads(pickle.dumps(shards)).read_span(DOTTED, 3, 5) == JPEGS[3:5]  # noqa: S301 (our own bytes)
+
+
+@pytest.mark.parametrize(("start", "stop"), [(-1, 2), (3, 2), (0, 11)])
+def test_span_outside_the_slide(shards: ShardSet, start: int, stop: int) -> None:
+    with pytest.raises(IndexError, match=r"has tiles 0\.\.9"):
+        shards.read_span(DOTTED, start, stop)
+
+
+def damage(path: Path, offset: int, new: bytes) -> None:
+    data = bytearray(path.read_bytes())
+    data[offset : offset + len(new)] = new
+    path.write_bytes(data)
+
+
+def test_one_wrong_byte_of_a_tile_is_found_by_its_reader(shards: ShardSet) -> None:
+    index = shards.index(DOTTED)
+    damage(tar_path(shards), int(index.offset[2]) + 50, b"\x00\x00\x00")
+    with pytest.raises(
+        ShardError, match=rf"slide '{DOTTED}', 'tiles-00000.tar': tile 2 .* crc32 differs.*gigamil tile"
+    ):
+        shards.read_span(DOTTED, 0, 4)
+    assert shards.read_span(DOTTED, 3, 10) == JPEGS[3:]
+
+
+def test_unverified_reading_takes_the_bytes_as_they_are(shards: ShardSet) -> None:
+    damage(tar_path(shards), int(shards.index(DOTTED).offset[2]) + 50, b"\x00\x00\x00")
+    assert len(shards.read_span(DOTTED, 0, 4, verify=False)) == 4
+
+
+@pytest.mark.parametrize("tile", [0, 1, 3])
+def test_damaged_tar_header(shards: ShardSet, tile: int) -> None:
+    """tarfile takes a damaged header for the end of the archive: without counting, the bag would shrink silently."""
+    damage(tar_path(shards), int(shards.index(DOTTED).offset[tile]) - 400, b"\xff\xff")
+    with pytest.raises(ShardError, match=rf"header of tile {tile} is damaged|not a readable tar"):
+        shards.read_span(DOTTED, 0, 4)
+
+
+def test_truncated_tar(shards: ShardSet) -> None:
+    path = tar_path(shards)
+    os.truncate(path, int(shards.index(DOTTED).offset[3]) + 5)
+    assert shards.read_span(DOTTED, 0, 3) == JPEGS[:3]
+    with pytest.raises(ShardError, match="tiles-00000.tar': is cut short"):
+        shards.read_span(DOTTED, 0, 4)
+
+
+def test_missing_tar(shards: ShardSet) -> None:
+    tar_path(shards, 1).unlink()
+    with pytest.raises(ShardError, match="tiles-00001.tar': cannot be read"):
+        shards.read_span(DOTTED, 3, 5)
+
+
+def test_tiles_of_another_slide_under_this_name(shards: ShardSet, tmp_path: Path) -> None:
+    make_shards(tmp_path, "other" + DOTTED[5:], JPEGS, tile_px=16, tiles_per_tar=4)
+    (slide_folder(tmp_path, "other" + DOTTED[5:]) / "tiles-00000.tar").replace(tar_path(shards))
+    with pytest.raises(ShardError, match="holds 'other.*' where the index has 'TCGA"):
+        shards.read_span(DOTTED, 0, 2)
+
+
+def test_wrong_digest_of_index_and_tar(shards: ShardSet) -> None:
+    shards.verify(DOTTED)
+    damage(tar_path(shards, 2), 3, b"x")
+    with pytest.raises(ShardError, match=r"tiles-00002.tar': is not what was written: \d+ bytes with sha256"):
+        shards.verify(DOTTED)
+    damage(shards.folder(DOTTED) / "index.parquet", 30, b"xxx")
+    with pytest.raises(ShardError, match=r"index.parquet': is not what was written"):
+        ShardSet(shards.root).index(DOTTED)
+
+
+def test_damaged_manifest(shards: ShardSet) -> None:
+    path = shards.folder(DOTTED) / "manifest.json"
+    text = path.read_text()
+    for broken, words in [
+        (text[:100], "not a manifest of format version 1"),
+        (text.replace('"format_version": 1', '"format_version": 2'), "format_version"),
+        (text.replace('"num_tiles": 10,', ""), "num_tiles"),
+        (text.replace(f'"slide_id": "{DOTTED}"', '"slide_id": "other"'), "manifest of slide 'other'"),
+    ]:
+        path.write_text(broken)
+        with pytest.raises(ShardError, match=words):
+            ShardSet(shards.root).manifest(DOTTED)
+    path.unlink()
+    with pytest.raises(ShardError, match="Run `gigamil tile` first"):
+        ShardSet(shards.root).slide_ids  # noqa: B018 (reads the manifests)
+
+
+def test_no_shards_at_all(tmp_path: Path) -> None:
+    with pytest.raises(ShardError, match="no shards in"):
+        ShardSet(tmp_path)
+
+
+def test_shards_of_another_scale_are_refused(shards: ShardSet) -> None:
+    shards.check_tiles([DOTTED], 16, 0.5)
+    with pytest.raises(ShardError, match=r"16 px at 0.5 um per pixel, configured 32 at 0.5"):
+        shards.check_tiles([DOTTED], 32, 0.5)
+
+
+def test_thumbnail_and_mask(shards: ShardSet) -> None:
+    image_HW3, mpp = shards.thumbnail(DOTTED)
+    mask_HW = shards.mask(DOTTED)
+    assert image_HW3.dtype == np.uint8
+    assert image_HW3.shape == (32, 32, 3)
+    assert mpp == 1.0
+    assert mask_HW.shape == (32, 32)
+    assert mask_HW.all()
+
+
+def test_staging_is_deleted_on_error_and_final_never_half_there(tmp_path: Path) -> None:
+    def fail_half_way() -> None:
+        with staged_slide(tmp_path, "s") as folder:
+            (folder / "tiles-00000.tar").write_bytes(b"half")
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        fail_half_way()
+    assert list(tmp_path.rglob("*.tar")) == []
+    assert not slide_folder(tmp_path, "s").exists()
+
+
+def test_leftovers_and_removal(tmp_path: Path) -> None:
+    make_shards(tmp_path, "s", JPEGS, tile_px=16)
+    (tmp_path / "staging" / "killed").mkdir(parents=True)
+    clear_leftovers(tmp_path)
+    assert not (tmp_path / "staging").exists()
+    remove_slide(tmp_path, "s")
+    remove_slide(tmp_path, "never-there")
+    assert not slide_folder(tmp_path, "s").exists()
