@@ -1,0 +1,70 @@
+"""metrics.jsonl of a run, as curves: what `train` wrote per step and per epoch."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gigamil.evaluate.files import parse_object
+
+FILE_NAME = "metrics.jsonl"
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class History:
+    """Curves of a training run; a value that was not written or not finite is NaN.
+
+    Epochs carry the number of the last step before them, so that both kinds share one axis.
+    """
+
+    step: Floats
+    loss: Floats
+    epoch: Floats
+    epoch_step: Floats
+    val_loss: Floats
+    val_auc: Floats
+
+    @property
+    def num_skipped(self) -> int:
+        """Steps whose loss was not finite."""
+        return int(np.isnan(self.loss).sum())
+
+
+def read_history(path: Path) -> History:
+    """Read `metrics.jsonl`.
+
+    A last line without its newline is still being written (or its writer was killed) and is left out.
+
+    Raises:
+        CohortError: a line that is no JSON object, with its number.
+    """
+    steps: list[dict[str, Any]] = []
+    epochs: list[dict[str, Any]] = []
+    last_step = 0.0
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], start=1):
+        entry = parse_object(line, f"'{path}' line {number}", "cut the file there, or train again")
+        if entry.get("kind") == "step":
+            last_step = _number(entry, "step")
+            steps.append(entry)
+        elif entry.get("kind") == "epoch":
+            epochs.append({**entry, "step": last_step})
+    return History(
+        step=_column(steps, "step"),
+        loss=_column(steps, "loss"),
+        epoch=_column(epochs, "epoch"),
+        epoch_step=_column(epochs, "step"),
+        val_loss=_column(epochs, "val_loss"),
+        val_auc=_column(epochs, "val_auc"),
+    )
+
+
+def _number(entry: dict[str, Any], key: str) -> float:
+    value = entry.get(key)
+    return float(value) if isinstance(value, int | float) and np.isfinite(value) else float("nan")
+
+
+def _column(entries: list[dict[str, Any]], key: str) -> Floats:
+    return np.array([_number(entry, key) for entry in entries], dtype=np.float64)

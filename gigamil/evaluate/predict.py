@@ -1,0 +1,92 @@
+"""Slides -> probabilities and attention, by the same forward pass as in training, on all tiles, in one process."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from gigamil.config.schema import RunConfig
+from gigamil.data.pipeline import DrawKeys, StepLoader
+from gigamil.evaluate.attention import Attention
+from gigamil.models.slide_model import SlideModel, build_model
+from gigamil.parallel.topology import Topology
+from gigamil.partition.schedule import plan_steps
+from gigamil.shards.read import ShardSet
+from gigamil.train.checkpoint import CheckpointStore
+from gigamil.train.loss import losses
+from gigamil.train.plain import PlainEngine
+from gigamil.train.step import ExactStep, Ranks
+
+
+@dataclass(frozen=True)
+class SlidePrediction:
+    """One slide: probability of each class, float64 (K,), and the attention of its tiles."""
+
+    slide_id: str
+    probs_K: np.ndarray
+    attention: Attention
+
+
+def load_model(config: RunConfig, num_classes: int, pointer: str = "best") -> SlideModel:
+    """The trained model of a run, in evaluation mode, on the CPU.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, it is damaged, or it belongs to another model.
+    """
+    state = CheckpointStore(config.bookkeeping.out / "checkpoints").load_parameters(pointer)
+    science = config.science
+    # The checkpoint has every weight; the file that training started from may be gone.
+    encoder = science.encoder.model_copy(update={"weights": None})
+    model = build_model(science.model_copy(update={"encoder": encoder}), num_classes)
+    model.load_state_dict(state)
+    return model.eval()
+
+
+def predict_slides(
+    config: RunConfig, model: SlideModel, shards: ShardSet, slide_ids: Sequence[str], device: torch.device
+) -> Iterator[SlidePrediction]:
+    """Predict slides one by one, in the given order, each on all its tiles.
+
+    Args:
+        config: of the run that trained the model: chunk, precision, tile size.
+        model: from `load_model`.
+        shards: where the slides' tiles are.
+        device: where to compute.
+    Yields:
+        A prediction per slide; attention is the mean over heads and sums to 1.
+    Raises:
+        ShardError: a slide is missing, damaged, or tiled otherwise than the model was trained on.
+    """
+    shards.check_tiles(slide_ids, config.slides.tile_px, config.slides.tile_mpp)
+    topology = Topology()
+    step = ExactStep(
+        PlainEngine(model.to(device)),
+        Ranks(topology),
+        losses[config.science.loss],
+        chunk=config.execution.chunk,
+        num_keep=0,
+        keys=DrawKeys(0, slide_ids),  # never drawn from: prediction has no dropout and no augmentation
+    )
+    sizes = [shards.manifest(slide_id).num_tiles for slide_id in slide_ids]
+    plans = plan_steps(range(len(slide_ids)), sizes, 1, topology.num_groups, topology.group_size)
+    loader = StepLoader(shards, slide_ids, config.slides.tile_px, topology, config.execution.prefetch)
+    hidden = None if config.bookkeeping.progress else True
+    bfloat16 = config.science.precision == "bfloat16"
+    for plan, tiles in tqdm(loader.iterate(plans), total=len(plans), desc="predict", unit="slide", disable=hidden):
+        if isinstance(tiles, Exception):
+            raise tiles
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bfloat16):
+            logits_SK, attention_nA = step.evaluate(plan, tiles)
+        slide_id = slide_ids[plan.slides[0]]
+        weight_N = attention_nA.mean(dim=1).double().cpu().numpy()
+        attention = Attention(
+            slide_id,
+            tiles.number_n.numpy(),
+            tiles.position_n2[:, 0].numpy(),
+            tiles.position_n2[:, 1].numpy(),
+            (weight_N / weight_N.sum()).astype(np.float32),
+            config.slides.tile_px * config.slides.tile_mpp,
+        )
+        yield SlidePrediction(slide_id, logits_SK[0].softmax(0).cpu().numpy(), attention)

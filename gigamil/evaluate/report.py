@@ -1,0 +1,276 @@
+"""report.html of a run: one file to mail or to archive, that says what was done and what came out.
+
+It is built from files of the run folder only; what is optional and missing is named at the end of the report.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from gigamil.evaluate.files import parse_object, replace_file
+from gigamil.evaluate.heatmap import FOLDER as HEATMAPS
+from gigamil.evaluate.html import Html, image, join, page, table, tag
+from gigamil.evaluate.predictions import FILE_NAME, HEADLINE_ORDER, Predictions, read_predictions
+from gigamil.evaluate.summary import CONFUSION, FIGURES, LOSSES, ROC, Evaluation, read_evaluation, summarise
+from gigamil.metrics import Estimate, Metrics
+
+REPORT_FILE = "report.html"
+FACTS_FILE = "run.json"
+CONFIG_FILE = "config.resolved.yaml"
+MOST_HEATMAPS = 24  # about 0.4 MB each
+MOST_PROBABILITIES = 4  # with more classes only the predicted one has its probability in the table
+LONG_FACT = 36
+
+SPLIT_WORDS = {"test": "Held-out (test)", "val": "Validation", "train": "Training"}
+
+
+def evaluate_run(run: Path, *, num_bootstrap: int, seed: int) -> Evaluation:
+    """Score the predictions of a run and write evaluation.json, figures/ and report.html.
+
+    Args:
+        run: folder with predictions.csv; metrics.jsonl, run.json, config.resolved.yaml and heatmaps/ are used if there.
+        num_bootstrap: resamples of patients for the intervals.
+        seed: of the resampling.
+    Returns:
+        The content of evaluation.json: metrics per split, and which of them is the headline.
+    Raises:
+        CohortError: predictions.csv is missing or wrong, or no slide has a label.
+    """
+    evaluation = summarise(run, num_bootstrap=num_bootstrap, seed=seed)
+    write_report(run)
+    return evaluation
+
+
+def write_report(run: Path) -> Path:
+    """Write report.html anew from the files of an evaluated run, for example after heatmaps were drawn.
+
+    Equal files give equal bytes.
+
+    Raises:
+        CohortError: the run was not evaluated.
+    """
+    evaluation, predictions = read_evaluation(run), read_predictions(run / FILE_NAME)
+    facts = _read_facts(run)
+    name = str(facts.get("name") or run.resolve().name)
+    html = page(
+        f"{name} - gigamil",
+        tag("h1", name),
+        _lead(evaluation),
+        _facts_section(facts),
+        _metrics_section(evaluation),
+        _figures_section(run, evaluation),
+        _heatmaps_section(run, predictions),
+        _predictions_section(predictions, evaluation["headline_split"]),
+        _config_section(run),
+        _missing_section(run),
+        tag("footer", tag("p", "Written by gigamil. For research; not a medical device.", class_="note")),
+    )
+    replace_file(run / REPORT_FILE, html.encode())
+    return run / REPORT_FILE
+
+
+def _lead(evaluation: Evaluation) -> Html:
+    split = evaluation["headline_split"]
+    metrics = evaluation["splits"][split]
+    per_class = ", ".join(f"{count} {name}" for name, count in evaluation["slides_per_class"][split].items())
+    slides, patients = _counted(metrics["num_slides"], "slide"), _counted(metrics["num_patients"], "patient")
+    auc = tag("strong", f"AUC {_value_words(metrics['auc'])}")
+    lead = tag("p", auc, f" on {slides} of {patients} ({per_class}). Split: {_split_words(split)}.", class_="lead")
+    if split == "test":
+        return lead
+    warning = "No test split was predicted: these slides were seen in training or in choosing the model, so the figures flatter."
+    return join(lead, tag("p", warning, class_="warn"))
+
+
+def _facts_section(facts: dict[str, Any]) -> Html:
+    if not facts:
+        return Html()
+    cells = []
+    for key, value in facts.items():
+        words = _fact_words(value)
+        kind = "long" if len(words) > LONG_FACT else "short"
+        cells.append(tag("div", tag("dt", key.replace("_", " ")), tag("dd", words), class_=kind))
+    return tag("dl", *cells, class_="facts")
+
+
+def _metrics_section(evaluation: Evaluation) -> Html:
+    classes = evaluation["classes"]
+    of = f"({classes[-1]})" if len(classes) == 2 else "(mean over classes)"
+    names = {"auc": f"AUC {of}", "balanced_accuracy": "Balanced accuracy", "f1": f"F1 {of}"}
+    rows = []
+    for split in _in_order(evaluation["splits"], evaluation["headline_split"]):
+        for key, name in names.items():
+            estimate: Estimate = evaluation["splits"][split][key]  # type: ignore[literal-required]
+            rows.append(("", [_split_words(split), name, *_estimate_cells(estimate)]))
+    method = (
+        f"Intervals: 2.5th to 97.5th percentile of {evaluation['num_bootstrap']} bootstrap resamples of patients (seed "
+        f"{evaluation['seed']}); all slides of a patient are drawn together. A slide counts as its most probable class."
+    )
+    return join(
+        tag("h2", "Metrics"),
+        table(["Split", "Metric", "Value", "95 % interval", "0 to 1"], rows),
+        *(tag("p", words, class_="note") for words in [method, *_metric_notes(evaluation)]),
+    )
+
+
+def _estimate_cells(estimate: Estimate) -> list[str]:
+    value, interval = estimate["value"], estimate["ci"]
+    if value is None:
+        return ["undefined", "none", ""]
+    marker = tag("b", style=f"left:{value:.1%}")
+    if interval is None:
+        return [tag("strong", f"{value:.3f}"), "none", tag("span", marker, class_="range")]
+    low, high = interval
+    band = tag("i", style=f"left:{low:.1%};width:{high - low:.1%}")
+    return [tag("strong", f"{value:.3f}"), f"{low:.3f} to {high:.3f}", tag("span", band, marker, class_="range")]
+
+
+def _metric_notes(evaluation: Evaluation) -> list[str]:
+    """What a reader of the numbers has to know, each once, with the splits that it holds for."""
+    holds_for: dict[str, list[str]] = {}
+    for split in _in_order(evaluation["num_unlabelled"], evaluation["headline_split"]):
+        for note in _split_notes(evaluation["splits"].get(split), evaluation["num_unlabelled"][split]):
+            holds_for.setdefault(note, []).append(_split_words(split))
+    return [f"{', '.join(splits)}: {note}." for note, splits in holds_for.items()]
+
+
+def _split_notes(metrics: Metrics | None, num_unlabelled: int) -> list[str]:
+    notes = [f"{_counted(num_unlabelled, 'slide')} without a label, predicted but not scored"] if num_unlabelled else []
+    if metrics is None:
+        return notes
+    reasons = (metrics[key].get("reason", "") for key in ("auc", "balanced_accuracy", "f1"))
+    lost = metrics["num_bootstrap"] - metrics["num_usable"]
+    if lost and metrics["auc"]["ci"]:
+        notes.append(f"{lost} resamples were left out, because a class had no slide in them")
+    return [*notes, *(reason for reason in dict.fromkeys(reasons) if reason)]
+
+
+def _figures_section(run: Path, evaluation: Evaluation) -> Html:
+    split = evaluation["headline_split"]
+    folder = run / FIGURES
+    roc = _figure(folder / ROC, f"ROC curve, {split} split")
+    confusion = _figure(folder / CONFUSION, f"Confusion matrix, {split} split")
+    losses = _figure(folder / LOSSES, "Training") if (folder / LOSSES).is_file() else Html()
+    return join(tag("h2", "Figures"), tag("div", roc, confusion, class_="pair"), losses)
+
+
+def _figure(path: Path, caption: str) -> Html:
+    return tag("figure", image(path, caption), tag("figcaption", caption))
+
+
+def _heatmaps_section(run: Path, predictions: Predictions) -> Html:
+    """Pictures of slides in predictions.csv; others in the folder belong to an earlier evaluation."""
+    drawn = [slide_id for slide_id in predictions.slide_ids if (run / HEATMAPS / f"{slide_id}.png").is_file()]
+    if not drawn:
+        return Html()
+    shown = drawn[:MOST_HEATMAPS]
+    more = f" The first {len(shown)} of {len(drawn)} are shown." if len(shown) < len(drawn) else ""
+    words = (
+        "Attention says where the model looked to decide, not what the tissue is. 1× is the share of a tile if all were "
+        "equal. A GeoJSON of the most attended tiles lies beside each picture in heatmaps/, for QuPath (File > Import "
+        "objects from file)." + more
+    )
+    pictures = [
+        tag("figure", image(run / HEATMAPS / f"{slide_id}.png", f"Attention of slide {slide_id}", photo=True))
+        for slide_id in shown
+    ]
+    return join(tag("h2", "Heatmaps"), tag("p", words, class_="note"), tag("div", *pictures, class_="gallery"))
+
+
+def _predictions_section(predictions: Predictions, headline: str) -> Html:
+    sections: list[Html] = [tag("h2", "Predictions")]
+    for split in _in_order(set(predictions.splits), headline):
+        part = predictions.take([i for i in range(len(predictions)) if predictions.splits[i] == split])
+        wrong = sum(_is_wrong(part, i) for i in range(len(part)))
+        words = f"{_split_words(split)}: {_counted(len(part), 'slide')}, {wrong} wrong"
+        listing = tag("div", _predictions_table(part), class_="scroll")
+        if split == headline:
+            sections += [tag("p", words + "; wrong ones first."), listing]
+        else:
+            sections.append(tag("details", tag("summary", words), listing))
+    return join(*sections)
+
+
+def _predictions_table(part: Predictions) -> Html:
+    many = len(part.classes) > MOST_PROBABILITIES
+    probability_heads = ["Probability"] if many else [f"P({name})" for name in part.classes]
+    order = sorted(range(len(part)), key=lambda i: (not _is_wrong(part, i), part.slide_ids[i]))
+    rows = []
+    for i in order:
+        wrong = _is_wrong(part, i)
+        verdict: str = tag("strong", "✗ wrong") if wrong else "correct" if part.labels[i] is not None else "no label"
+        shown = [part.probs_NK[i].max()] if many else part.probs_NK[i]
+        probabilities = [_probability_cell(float(p)) for p in shown]
+        cells = [part.slide_ids[i], part.patient_ids[i], part.labels[i] or "", part.predicted[i], verdict]
+        rows.append(("wrong" if wrong else "", [*cells, *probabilities]))
+    return table(["Slide", "Patient", "Label", "Predicted", "Verdict", *probability_heads], rows)
+
+
+def _probability_cell(probability: float) -> Html:
+    meter = tag("span", tag("i", style=f"width:{probability:.1%}"), class_="meter")
+    return tag("span", tag("span", f"{probability:.3f}", class_="number"), meter, class_="probability")
+
+
+def _is_wrong(part: Predictions, row: int) -> bool:
+    return part.labels[row] is not None and part.labels[row] != part.predicted[row]
+
+
+def _config_section(run: Path) -> Html:
+    path = run / CONFIG_FILE
+    if not path.is_file():
+        return Html()
+    text = path.read_text(encoding="utf-8")
+    return join(
+        tag("h2", "Configuration"), tag("details", tag("summary", f"{CONFIG_FILE}, complete"), tag("pre", text))
+    )
+
+
+def _missing_section(run: Path) -> Html:
+    """Say what is not shown and why, so that a gap is not taken for a result."""
+    optional = {
+        FACTS_FILE: "versions, ranks and time of the run are not shown",
+        CONFIG_FILE: "the configuration is not shown",
+        f"{FIGURES}/{LOSSES}": "there was no metrics.jsonl, so training curves are not shown",
+        HEATMAPS: "no heatmap was drawn; `gigamil heatmap` does it",
+    }
+    missing = [tag("li", f"{name}: {words}.") for name, words in optional.items() if not (run / name).exists()]
+    return join(tag("h2", "Not in this report"), tag("ul", *missing)) if missing else Html()
+
+
+def _read_facts(run: Path) -> dict[str, Any]:
+    path = run / FACTS_FILE
+    if not path.is_file():
+        return {}
+    return parse_object(path.read_text(encoding="utf-8"), f"'{path}'", "delete it, and the report goes without")
+
+
+def _fact_words(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_fact_words(item)}" for key, item in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(_fact_words, value))
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return "none" if value is None else str(value)
+
+
+def _value_words(estimate: Estimate) -> str:
+    if estimate["value"] is None:
+        return "undefined"
+    if estimate["ci"] is None:
+        return f"{estimate['value']:.3f} (no interval)"
+    return f"{estimate['value']:.3f} (95 % interval {estimate['ci'][0]:.3f} to {estimate['ci'][1]:.3f})"
+
+
+def _in_order(splits: Iterable[str], headline: str) -> list[str]:
+    """The headline first, then the usual splits in their usual order, then others by name."""
+    usual = [headline, *HEADLINE_ORDER]
+    return sorted(splits, key=lambda split: (usual.index(split) if split in usual else len(usual), split))
+
+
+def _split_words(split: str) -> str:
+    return SPLIT_WORDS.get(split, split or "unnamed")
+
+
+def _counted(count: int, word: str) -> str:
+    return f"{count:,} {word}" if count == 1 else f"{count:,} {word}s"

@@ -1,0 +1,30 @@
+"""How errors are measured: one definition for tests, benchmarks and reports."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+
+def gradient_error(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> float:
+    """Largest relative error over parameters: ||d|| / max(||g_parameter||, 1e-3 ||g_all||).
+
+    The floor keeps a parameter whose gradient is nearly zero from turning rounding into a large ratio.
+
+    Raises:
+        KeyError: the parameters are not the same.
+    """
+    if found.keys() != wanted.keys():
+        raise KeyError(f"other parameters: {sorted(found.keys() ^ wanted.keys())}")
+    norm_all = torch.stack([g.double().norm() for g in wanted.values()]).norm()
+    worst = 0.0
+    for name, gradient in wanted.items():
+        difference = (found[name].double() - gradient.double()).norm()
+        floor = torch.maximum(gradient.double().norm(), 1e-3 * norm_all)
+        worst = max(worst, float(difference / floor))
+    return worst
+
+
+def relative_error(found: float, wanted: float) -> float:
+    """|found - wanted| / |wanted|."""
+    return abs(found - wanted) / max(abs(wanted), 1e-300)

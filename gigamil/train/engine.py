@@ -1,0 +1,320 @@
+"""DeepSpeed behind one door: the only import of deepspeed.
+
+An engine here is a model, one gradient reduction per step, an optimiser, and a state that any other engine can load,
+whatever its ZeRO stage and number of ranks. What is worked around, and why, stands beside each line (DeepSpeed 0.19).
+"""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from gigamil.errors import EnvironmentFault
+from gigamil.models.bag import Bag
+from gigamil.parallel.topology import Topology, export_topology
+from gigamil.train.step import Ranks
+
+if TYPE_CHECKING:
+    from gigamil.config.schema import RunConfig
+
+_MOMENTS: dict[type, tuple[str, ...]] = {torch.optim.AdamW: ("exp_avg", "exp_avg_sq"), torch.optim.SGD: ()}
+
+
+@dataclass
+class TrainingState:
+    """Parameters, moments and step count by name, unpartitioned, float32, on the CPU.
+
+    Attributes:
+        parameters: every parameter and buffer of the model.
+        moments: "<parameter>/<moment>" of every parameter.
+        optimizer_steps: updates counted for each parameter group (Adam's bias correction).
+    """
+
+    parameters: dict[str, Tensor]
+    moments: dict[str, Tensor]
+    optimizer_steps: tuple[int, ...]
+
+
+def start_distributed(topology: Topology, device: torch.device, timeout_s: float) -> Ranks:
+    """Join the other ranks through DeepSpeed and make the groups that pool together.
+
+    Args:
+        timeout_s: longest wait in a collective; then the rank gives up with an error.
+    Raises:
+        EnvironmentFault: the ranks did not meet.
+    """
+    deepspeed = _import_deepspeed()
+    export_topology(topology)
+    if device.type == "cpu":
+        skip_kernel_build()
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if topology.world_size == 1:
+        _single_process_store(backend, timeout_s)
+    try:
+        deepspeed.init_distributed(
+            dist_backend=backend, auto_mpi_discovery=False, timeout=timedelta(seconds=timeout_s), verbose=False
+        )
+    except (RuntimeError, ValueError) as error:
+        raise EnvironmentFault(
+            f"rank {topology.rank} of {topology.world_size} could not join the others at "
+            f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: {error}. Is the port free, is every rank started?"
+        ) from error
+    return make_ranks(topology)
+
+
+def skip_kernel_build() -> None:
+    """Keep DeepSpeed from compiling a shared-memory all-reduce when it starts on CPUs.
+
+    That takes half a minute and a compiler, and a killed build leaves a lock that hangs every later run. gloo does the
+    same sums.
+    """
+    _import_deepspeed().ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def make_ranks(topology: Topology) -> Ranks:
+    """Process groups of an initialised world; every rank takes part in making every group."""
+    world = dist.group.WORLD
+    if topology.num_groups == 1:
+        return Ranks(topology, world, world)
+    groups = [dist.new_group(topology.group_ranks(number)) for number in range(topology.num_groups)]
+    return Ranks(topology, world, groups[topology.group])  # type: ignore[arg-type]  # never a non-member of its own
+
+
+def make_optimizer(model: nn.Module, config: "RunConfig") -> torch.optim.Optimizer:
+    """AdamW with two parameter groups: encoder, then everything behind it."""
+    optim = config.science.optim
+    head = [parameter for name, parameter in model.named_parameters() if not name.startswith("encoder.")]
+    encoder = [parameter for name, parameter in model.named_parameters() if name.startswith("encoder.")]
+    return torch.optim.AdamW(
+        [{"params": encoder, "lr": optim.lr_encoder}, {"params": head, "lr": optim.lr_head}],
+        betas=optim.betas,
+        weight_decay=optim.weight_decay,
+        fused=torch.cuda.is_available() and config.execution.device != "cpu",
+    )
+
+
+def deepspeed_config(config: "RunConfig") -> dict[str, Any]:
+    """The DeepSpeed JSON of a run: every key on purpose, no "auto", no default that changes results."""
+    optim = config.science.optim
+    settings: dict[str, Any] = {
+        # Slides are our micro-batches, and the step is ours: DeepSpeed only counts to one.
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": optim.clip_norm or 0.0,  # DeepSpeed's own default is 1.0, not off
+        "steps_per_print": 2**31 - 1,
+        "wall_clock_breakdown": False,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {"stage": config.execution.zero_stage, "overlap_comm": False},
+    }
+    if config.science.precision == "bfloat16":
+        settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    return settings
+
+
+class DeepSpeedEngine:
+    """`Engine` over `deepspeed.initialize`, ZeRO 0 to 3.
+
+    Args:
+        model: slide model, float32, on any device.
+        optimizer: over its parameters; AdamW or SGD.
+        settings: DeepSpeed JSON (`deepspeed_config`).
+        device: where to train.
+    """
+
+    dtype = torch.float32
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any], device: torch.device
+    ) -> None:
+        deepspeed = _import_deepspeed()
+        self.device = device
+        self._base_optimizer = optimizer
+        self._moments = _MOMENTS[type(optimizer)]
+        self._engine = deepspeed.initialize(model=model.to(device), optimizer=optimizer, config=settings)[0]
+        self.module: nn.Module = self._engine.module
+        self.stage = int(settings["zero_optimization"]["stage"])
+        self.equal_calls = self.stage == 3  # parameters are gathered per module call
+        self._initialise_moments()
+
+    def encode(self, image_nCHW: Tensor, tile_key_n: Tensor | None) -> Tensor:
+        """Tiles -> embeddings, with a graph if grad mode is on."""
+        result: Tensor = self._engine("encode", image_nCHW, tile_key_n)
+        return result
+
+    def classify(self, bag: Bag) -> tuple[Tensor, Tensor]:
+        """Bag -> logits (B, K) and attention (n, A)."""
+        result: tuple[Tensor, Tensor] = self._engine("classify", bag)
+        return result
+
+    def backward(self, scalar: Tensor) -> None:
+        """Add a scalar's gradient to the local gradients; only inside `one_reduction`."""
+        self._engine.backward(scalar)
+
+    @contextmanager
+    def one_reduction(self) -> Iterator[None]:
+        """All backwards of a step; on exit the mean over all ranks is taken once.
+
+        After an error inside, nothing is reduced (the other ranks would not take part) and the engine is spent.
+        """
+        engine = self._engine
+        context = engine.no_sync() if self.stage == 0 else engine.coalesce_grad_reduction()
+        context.__enter__()
+        yield
+        if self.stage < 3:
+            for parameter in self.module.parameters():
+                if parameter.grad is None:  # a frozen encoder: zero, so that every stage counts the same updates
+                    parameter.grad = torch.zeros_like(parameter)
+        context.__exit__(None, None, None)
+        if self.stage == 0:
+            engine.allreduce_gradients()
+
+    def step(self, learning_rates: Sequence[float]) -> float:
+        """Clip, update with one learning rate per parameter group, clear gradients; returns the gradient's norm."""
+        for group, rate in zip(self._engine.optimizer.param_groups, learning_rates, strict=True):
+            group["lr"] = rate
+        self._engine.step()
+        return float(self._engine.get_global_grad_norm() or 0.0)
+
+    def full_gradients(self) -> dict[str, Tensor]:
+        """Reduced gradients by name, after `one_reduction` and before `step`; a collective. For tests."""
+        from deepspeed.utils import safe_get_full_grad
+
+        return {name: safe_get_full_grad(p).detach().float().cpu() for name, p in self.module.named_parameters()}
+
+    def state(self) -> TrainingState:
+        """Unpartitioned state, equal on every rank. A collective: all ranks call it."""
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        parameters, moments = {}, {}
+        for name, parameter in self.module.named_parameters():
+            if self.stage == 0:
+                full: Tensor = parameter
+                states = {moment: self._base_optimizer.state[parameter][moment] for moment in self._moments}
+            else:
+                full = safe_get_full_fp32_param(parameter)
+                states = {moment: safe_get_full_optimizer_state(parameter, moment) for moment in self._moments}
+            parameters[name] = _to_cpu(full)
+            moments.update({f"{name}/{moment}": _to_cpu(values) for moment, values in states.items()})
+        parameters.update({name: _to_cpu(buffer) for name, buffer in self.module.named_buffers()})
+        return TrainingState(parameters, moments, self._optimizer_steps())
+
+    def load_parameters(self, values: Mapping[str, Tensor]) -> None:
+        """Set parameters and buffers from unpartitioned values; moments stay as they are."""
+        with torch.no_grad():
+            for name, parameter in self.module.named_parameters():
+                self._set(parameter, values[name], None)
+            for name, buffer in self.module.named_buffers():
+                buffer.copy_(values[name].to(buffer))
+
+    def load_state(self, state: TrainingState) -> None:
+        """Continue from a state that was saved at any ZeRO stage and number of ranks."""
+        self.load_parameters(state.parameters)
+        with torch.no_grad():
+            for name, parameter in self.module.named_parameters():
+                for moment in self._moments:
+                    self._set(parameter, state.moments[f"{name}/{moment}"], moment)
+        self._set_optimizer_steps(state.optimizer_steps)
+
+    def _set(self, parameter: nn.Parameter, value: Tensor, moment: str | None) -> None:
+        value = value.to(self.device)
+        if self.stage == 0:
+            target = parameter if moment is None else self._base_optimizer.state[parameter][moment]
+            target.copy_(value)
+        elif self.stage == 3:
+            self._set_stage3(parameter, value, moment)
+        else:
+            from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+            if moment is not None:
+                safe_set_full_optimizer_state(parameter, value, moment)
+            else:
+                safe_set_full_fp32_param(parameter, value)
+                parameter.copy_(value)  # the working copy: without this the first forward uses the old weights
+
+    def _set_stage3(self, parameter: nn.Parameter, value: Tensor, moment: str | None) -> None:
+        from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+
+        # safe_set_full_* fails where the ranks do not divide the size: pad, and take this rank's part.
+        size, rank = parameter.ds_tensor.ds_numel, dist.get_rank()  # type: ignore[attr-defined]
+        padded = torch.zeros(size * dist.get_world_size(), dtype=torch.float32, device=self.device)
+        padded[: value.numel()] = value.flatten()
+        part = padded.narrow(0, rank * size, size)
+        if moment is not None:
+            safe_set_local_optimizer_state(parameter, part, moment)
+            return
+        safe_set_local_fp32_param(parameter, part)
+        parameter.ds_tensor.copy_(part)  # type: ignore[attr-defined]  # what the next gather sends
+        if parameter.ds_persist and parameter.numel() == value.numel():  # type: ignore[attr-defined]
+            parameter.copy_(value)  # small parameters stay gathered
+
+    def restart_bias_correction(self, group: int) -> None:
+        """Count a group's updates from zero: its moments are zero too, after epochs without a gradient.
+
+        With the count of the frozen epochs Adam would not correct its young second moment, and the first updates
+        would be several times the learning rate.
+        """
+        self._set_optimizer_steps([0 if i == group else steps for i, steps in enumerate(self._optimizer_steps())])
+
+    def _optimizer_steps(self) -> tuple[int, ...]:
+        first = (self._base_optimizer.state[tensors[0]] for tensors in self._tensors_by_group())
+        return tuple(int(state.get("step", 0)) for state in first)
+
+    def _set_optimizer_steps(self, steps: Sequence[int]) -> None:
+        for tensors, count in zip(self._tensors_by_group(), steps, strict=True):
+            for tensor in tensors:
+                state = self._base_optimizer.state[tensor]
+                if "step" in state:
+                    state["step"].fill_(count)
+
+    def _initialise_moments(self) -> None:
+        """Make the optimiser's state before its first step, zero as the optimiser would make it.
+
+        DeepSpeed links the moments of parameters to the optimiser's after the first parameter group has stepped, when
+        those of the other groups do not exist yet, and never again (ZeRO 1 and 2): their moments could not be saved.
+        """
+        fused = bool(self._base_optimizer.defaults.get("fused"))
+        for tensors in self._tensors_by_group():
+            for tensor in tensors:
+                state = {moment: torch.zeros_like(tensor) for moment in self._moments}
+                if self._moments:
+                    state["step"] = torch.zeros((), dtype=torch.float32, device=tensor.device if fused else "cpu")
+                self._base_optimizer.state[tensor] = state
+        if self.stage in (1, 2):
+            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _tensors_by_group(self) -> list[list[Tensor]]:
+        """What the torch optimiser steps, per parameter group: parameters, or this rank's flat parts of them."""
+        groups = self._base_optimizer.param_groups
+        if self.stage < 3:
+            return [list(group["params"]) for group in groups]
+        sharded = self._engine.optimizer
+        flats: list[list[Tensor]] = [[] for _ in groups]
+        for number, flat in enumerate(sharded.fp32_partitioned_groups_flat):
+            flats[sharded.sub_group_to_group_id[number]].append(flat)
+        return flats
+
+
+def _to_cpu(values: Tensor) -> Tensor:
+    return values.detach().to("cpu", copy=True).contiguous()
+
+
+def _import_deepspeed() -> Any:
+    try:
+        import deepspeed
+    except (ImportError, RuntimeError, OSError) as error:
+        raise EnvironmentFault(f"deepspeed cannot be imported: {error}. Run `gigamil doctor` for the cure.") from error
+    return deepspeed
+
+
+def _single_process_store(backend: str, timeout_s: float) -> None:
+    # One process needs no address: an in-memory store cannot meet a port in use.
+    if not dist.is_initialized():
+        store = dist.HashStore()
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timedelta(seconds=timeout_s))

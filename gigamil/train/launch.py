@@ -1,0 +1,200 @@
+"""Start the ranks of this machine through the DeepSpeed launcher, pass signals on, and tell how they ended.
+
+The launcher returns 1, or even 0, after signals, so the outcome is what each rank wrote into a folder that only this
+call and its ranks know. A rank watches the process that started it and ends with it.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+
+from gigamil.config.schema import Execution
+from gigamil.errors import GigamilError, TrainingError
+
+_OUTCOME_FOLDER, _PARENT = "GIGAMIL_OUTCOME", "GIGAMIL_PARENT"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a rank ended: what its process reports, and what `launch_ranks` raises from.
+
+    Attributes:
+        exit_code: 0, or that of the error class.
+        message: of the error; empty if there was none.
+        expected: the error is one of gigamil's own, so it needs no traceback.
+        time: seconds since 1970; of several errors the first is the cause.
+    """
+
+    exit_code: int
+    message: str
+    expected: bool
+    time: float
+
+
+class RanksFailed(GigamilError, RuntimeError):
+    """The ranks ended with an error, which they agreed on or the first of them met."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code  # that of the rank's error: 5 is resumable, 6 failed, ...
+
+
+def launch_ranks(module: str, arguments: Sequence[str], execution: Execution, logs: Path) -> None:
+    """Run `python -m module arguments` on `execution.ranks` ranks of this machine and wait for them.
+
+    SIGINT and SIGTERM are passed on to the ranks, which finish their step; a second one ends them at once.
+
+    Args:
+        module: calls `report_outcome` around its work.
+        logs: where ranks write, for the message.
+    Raises:
+        RanksFailed: with the message and the exit code of the rank that failed first.
+    """
+    with tempfile.TemporaryDirectory(prefix="gigamil-") as folder:
+        command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(execution.ranks)]
+        # Without a host file the launcher stays on this machine, whatever /job/hostfile of a cluster image says.
+        command += ["--quiet"]  # else it reports its own start in a dozen lines
+        command += ["--hostfile", os.devnull, "--master_port", str(_free_port()), "--no_local_rank"]
+        command += ["--module", module, *arguments]
+        launcher = subprocess.Popen(command, env=_environment(execution, folder), start_new_session=True)
+        with _pass_signals_on(launcher, Path(folder)):
+            code = launcher.wait()
+        _end_group(launcher.pid)
+        _raise_first_error(Path(folder), execution.ranks, code, logs)
+
+
+@contextmanager
+def report_outcome(rank: int) -> Iterator[None]:
+    """In a rank: tell the process that called `launch_ranks` how this rank ends, and end with that process.
+
+    Under another launcher there is nobody to tell, and errors just pass.
+    """
+    folder = os.environ.get(_OUTCOME_FOLDER)
+    if folder is None:
+        yield
+        return
+    (Path(folder) / f"{rank}.pid").write_text(str(os.getpid()))
+    _end_with_parent(int(os.environ[_PARENT]))
+    outcome = Outcome(0, "", True, 0.0)
+    try:
+        yield
+    except GigamilError as error:
+        outcome = Outcome(error.exit_code, str(error), True, time.time())
+        raise
+    except BaseException as error:
+        outcome = Outcome(TrainingError.exit_code, f"{type(error).__name__}: {error}", False, time.time())
+        raise
+    finally:
+        temporary = Path(folder) / f"{rank}.tmp"
+        temporary.write_text(json.dumps(asdict(outcome)))
+        temporary.rename(Path(folder) / f"{rank}.json")
+
+
+def _environment(execution: Execution, folder: str) -> dict[str, str]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = execution.threads or max(1, cores // execution.ranks)
+    env = dict(os.environ) | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+    env |= {_OUTCOME_FOLDER: folder, _PARENT: str(os.getpid()), "MLFLOW_DISABLE_TELEMETRY": "true"}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        env.pop(name, None)
+    if execution.device == "cpu":
+        env["DS_ACCELERATOR"] = "cpu"
+    return env
+
+
+@contextmanager
+def _pass_signals_on(launcher: "subprocess.Popen[bytes]", folder: Path) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    asked = 0
+
+    def pass_on(number: int, _frame: object) -> None:
+        nonlocal asked
+        asked += 1
+        ranks = [int(path.read_text() or 0) for path in folder.glob("*.pid")]
+        if asked > 1 or not ranks:
+            _end_group(launcher.pid)
+            return
+        print("stopping after this step (again: at once)", file=sys.stderr, flush=True)
+        for pid in ranks:
+            with _gone_is_fine():
+                os.kill(pid, signal.SIGTERM)
+
+    old = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def _raise_first_error(folder: Path, num_ranks: int, launcher_code: int, logs: Path) -> None:
+    outcomes = {}
+    for rank in range(num_ranks):
+        path = folder / f"{rank}.json"
+        if path.is_file():
+            outcomes[rank] = Outcome(**json.loads(path.read_text()))
+    silent = [rank for rank in range(num_ranks) if rank not in outcomes]
+    failed = {rank: outcome for rank, outcome in outcomes.items() if outcome.exit_code}
+    known = {rank: outcome for rank, outcome in failed.items() if outcome.expected}
+    # An error of gigamil's own is a cause; a broken connection is the consequence of a rank that ended.
+    if known or (failed and not silent):
+        rank, outcome = min((known or failed).items(), key=lambda item: item[1].time)
+        hint = "" if outcome.expected else f" (rank {rank}; traceback in '{logs / f'rank{rank}.log'}')"
+        raise RanksFailed(outcome.message + hint, outcome.exit_code)
+    if silent:
+        raise RanksFailed(
+            f"rank {silent[0]} of {num_ranks} ended without a word (launcher's exit code {launcher_code}): killed, or out "
+            f"of memory? See '{logs}'. The same command continues from the last checkpoint.",
+            TrainingError.exit_code,
+        )
+
+
+def _end_with_parent(parent: int) -> None:
+    """End this process when `parent` is gone, so that a killed command leaves no ranks behind."""
+    started = psutil.Process(parent).create_time() if psutil.pid_exists(parent) else None
+
+    def watch() -> None:
+        while True:
+            time.sleep(0.5)
+            try:
+                if started is not None and psutil.Process(parent).create_time() == started:
+                    continue
+            except psutil.NoSuchProcess:
+                pass
+            os._exit(TrainingError.exit_code)
+
+    threading.Thread(target=watch, name="gigamil-parent", daemon=True).start()
+
+
+def _end_group(leader: int) -> None:
+    with _gone_is_fine():
+        os.killpg(leader, signal.SIGKILL)
+
+
+@contextmanager
+def _gone_is_fine() -> Iterator[None]:
+    try:
+        yield
+    except ProcessLookupError:
+        return
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

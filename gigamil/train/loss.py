@@ -1,0 +1,56 @@
+"""Losses of slides, and the one place where they are scaled.
+
+Shapes: B slides of a group, K classes.
+A loss is a callable (logits_BK, label_B) -> loss_B, one number per slide. Register your own with
+`@losses.register("name")`.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from gigamil.errors import ConfigError
+from gigamil.registry import Registry
+
+SlideLoss = Callable[[Tensor, Tensor], Tensor]
+losses: Registry[SlideLoss] = Registry("loss", "gigamil.losses")
+
+
+@losses.register("cross_entropy")
+def cross_entropy(logits_BK: Tensor, label_B: Tensor) -> Tensor:
+    """-log softmax(logits)[label] per slide, (B,); binary tasks have K = 2."""
+    return torch.nn.functional.cross_entropy(logits_BK, label_B, reduction="none")
+
+
+def group_loss(loss_B: Tensor, weight_B: Tensor, world_weight: float, num_groups: int) -> Tensor:
+    """The scalar that every rank of a group back-propagates.
+
+    The wanted loss is the weighted mean over the slides of the step in all groups, sum_s w_s l_s / sum_s w_s. The
+    engine averages gradients over ranks, so over groups: each group's part is multiplied by their number.
+
+    Args:
+        loss_B, weight_B: losses and class weights of the group's slides; B may be 0.
+        world_weight: sum of the weights of all slides of the step.
+        num_groups: G.
+    """
+    return (loss_B * weight_B).sum() * (num_groups / world_weight)
+
+
+def class_weights(setting: str | Sequence[float], labels: Sequence[int], num_classes: int) -> Tensor:
+    """Weight of each class, float64 (K,).
+
+    Args:
+        setting: "none", "balanced" (slides / (classes x slides of the class): mean 1 over slides), or K numbers.
+        labels: class of each training slide.
+    Raises:
+        ConfigError: another number of weights than of classes.
+    """
+    if setting == "none":
+        return torch.ones(num_classes, dtype=torch.float64)
+    if setting == "balanced":
+        counts_K = torch.bincount(torch.tensor(labels), minlength=num_classes).to(torch.float64)
+        return len(labels) / (num_classes * counts_K.clamp(min=1))
+    if len(setting) != num_classes:
+        raise ConfigError(f"science.class_weights has {len(setting)} numbers for {num_classes} classes")
+    return torch.tensor([float(number) for number in setting], dtype=torch.float64)

@@ -1,0 +1,129 @@
+"""One rank of a training run, under any launcher: `python -m gigamil.train.worker CONFIG.yaml [--section.key VALUE]`."""
+
+import argparse
+import importlib
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from gigamil.config.load import load_config
+from gigamil.config.schema import RunConfig
+from gigamil.errors import EnvironmentFault, GigamilError
+from gigamil.lock import folder_lock
+from gigamil.parallel.topology import Topology, detect_topology
+from gigamil.train.engine import start_distributed
+from gigamil.train.launch import report_outcome
+from gigamil.train.loop import Trainer
+
+_log = logging.getLogger("gigamil")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train on this rank; returns the exit code (0 done, 5 interrupted and resumable, others in the README)."""
+    parser = argparse.ArgumentParser(prog="python -m gigamil.train.worker", description=__doc__)
+    parser.add_argument("config", help="YAML of the run")
+    parser.add_argument("--plugin", action="append", default=[], help="module that registers your encoders, ...")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # added by the deepspeed launcher; RANK is used
+    arguments, overrides = parser.parse_known_args(argv)
+    try:
+        topology = detect_topology()
+        with report_outcome(topology.rank):
+            config = load_config(arguments.config, overrides)
+            run_rank(config, arguments.plugin)
+    except GigamilError as error:
+        if topology_is_first():
+            print(f"gigamil: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    return 0
+
+
+def run_rank(config: RunConfig, plugins: Sequence[str] = ()) -> None:
+    """Join the other ranks, train, leave.
+
+    Args:
+        config: resolved configuration.
+        plugins: modules that register encoders, aggregators or losses.
+    """
+    topology = detect_topology(config.execution.group_size)
+    device = choose_device(config.execution.device, topology)
+    torch.set_num_threads(config.execution.threads or int(os.environ.get("OMP_NUM_THREADS", "1")))
+    with ExitStack() as stack:
+        if topology.rank == 0:
+            _patient_lock(stack, config.bookkeeping.out)
+        stack.enter_context(_own_log(config.bookkeeping.out / "logs", topology))
+        for plugin in plugins:
+            importlib.import_module(plugin)
+        ranks = start_distributed(topology, device, config.execution.timeout_s)
+        Trainer(config, ranks, device).fit()
+        dist.barrier()  # nobody leaves while another still needs it
+        dist.destroy_process_group()
+
+
+def choose_device(wanted: str, topology: Topology) -> torch.device:
+    """The device of this rank.
+
+    Raises:
+        EnvironmentFault: CUDA is asked for and not there, or there are fewer GPUs than ranks on this machine.
+    """
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if topology.local_rank >= torch.cuda.device_count():
+        raise EnvironmentFault(
+            f"local rank {topology.local_rank} has no GPU: this machine shows {torch.cuda.device_count()}. Lower "
+            "execution.ranks, or set execution.device to cpu."
+        )
+    device = torch.device("cuda", topology.local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def topology_is_first() -> bool:
+    """True where messages are for the terminal."""
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+
+
+def _patient_lock(stack: ExitStack, out: Path) -> None:
+    # The ranks of a killed command notice its end within half a second; a moment's patience spares a second try.
+    deadline = time.monotonic() + 2.0
+    while True:
+        try:
+            stack.enter_context(folder_lock(out, "gigamil train"))
+            return
+        except EnvironmentFault:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
+
+
+@contextmanager
+def _own_log(folder: Path, topology: Topology) -> Iterator[None]:
+    """Rank 0 keeps the terminal and copies its log; the others write to files, so that one message is seen, not P."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"rank{topology.rank}.log"
+    if topology.rank:
+        with path.open("a") as stream:
+            os.dup2(stream.fileno(), 1)
+            os.dup2(stream.fileno(), 2)
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    _log.addHandler(handler)
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, GigamilError):
+            _log.exception("rank %d", topology.rank)
+        raise
+    finally:
+        _log.removeHandler(handler)
+        handler.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,46 @@
+"""metrics.jsonl as curves, whole or cut short by a kill."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gigamil.errors import CohortError
+from gigamil.evaluate.history import read_history
+
+
+def write(path: Path, *entries: object, tail: str = "") -> Path:
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries) + tail)
+    return path
+
+
+def test_epochs_lie_at_their_last_step(tmp_path: Path) -> None:
+    steps = [{"kind": "step", "step": n, "loss": 1 / n, "lr_head": 1e-3} for n in range(1, 5)]
+    epochs = [{"kind": "epoch", "epoch": n, "val_auc": 0.5 + n / 10, "val_loss": 0.7} for n in (1, 2)]
+    found = read_history(write(tmp_path / "m", *steps[:2], epochs[0], {"kind": "other"}, *steps[2:], epochs[1]))
+    assert found.step.tolist() == [1, 2, 3, 4]
+    assert found.loss.tolist() == [1, 1 / 2, 1 / 3, 1 / 4]
+    assert found.epoch.tolist() == [1, 2]
+    assert found.epoch_step.tolist() == [2, 4]
+    assert found.val_auc.tolist() == [0.6, 0.7]
+    assert found.num_skipped == 0
+
+
+def test_missing_and_non_finite_values_are_nan(tmp_path: Path) -> None:
+    lines = [{"kind": "step", "step": 1, "loss": None}, {"kind": "step", "step": 2, "loss": float("nan")}]
+    found = read_history(write(tmp_path / "m", *lines, {"kind": "epoch", "epoch": 1, "val_auc": None}))
+    assert found.num_skipped == 2
+    assert np.isnan([*found.val_auc, *found.val_loss]).tolist() == [True, True]
+
+
+def test_a_line_that_was_being_written_is_left_out(tmp_path: Path) -> None:
+    path = write(tmp_path / "m", {"kind": "step", "step": 1, "loss": 1.0}, tail='{"kind": "step", "st')
+    assert read_history(path).step.tolist() == [1]
+    assert read_history(write(tmp_path / "empty")).step.size == 0
+
+
+@pytest.mark.parametrize(("line", "message"), [("{broken\n", "line 2 is not JSON"), ("[1]\n", "line 2 is a JSON list")])
+def test_a_broken_line_is_named(tmp_path: Path, line: str, message: str) -> None:
+    with pytest.raises(CohortError, match=f"{message}.*cut the file there"):
+        read_history(write(tmp_path / "m", {"kind": "step", "step": 1, "loss": 1.0}, tail=line))
