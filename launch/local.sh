@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# This machine, without a launcher to learn: gigamil starts its own ranks, forwards signals and reads the outcome.
+#   launch/local.sh my.yaml [--section.key VALUE ...]          RANKS=2 launch/local.sh my.yaml
+set -euo pipefail
+config=${1:?usage: [RANKS=n] launch/local.sh CONFIG.yaml [--section.key VALUE ...]}
+shift
+
+export MLFLOW_DISABLE_TELEMETRY=${MLFLOW_DISABLE_TELEMETRY:-true}
+command=("${PYTHON:-python3}" -m gigamil train "$config")
+if [[ -n ${RANKS:-} ]]; then command+=(--execution.ranks "$RANKS"); fi
+command+=("$@")
+
+printf '+'
+printf ' %q' "${command[@]}"
+printf '\n'
+exec "${command[@]}"
