@@ -1,5 +1,6 @@
 """The verbs as Python calls: each does one stage of a run, and `run_pipeline` does all of them, skipping what is done."""
 
+import csv
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from gigamil.config.load import absolute_paths
 from gigamil.config.schema import RunConfig
 from gigamil.data.cohort import load_cohort
+from gigamil.data.scan import slide_id_of
 from gigamil.data.split import Splits, load_splits, make_splits, save_splits
 from gigamil.data.tile import TileReport, tile_cohort
 from gigamil.errors import CohortError, SlideError
@@ -198,13 +200,13 @@ def _predict_into(
 def _heatmap_new(config: RunConfig, files: Sequence[Path], mpp: float | None) -> list[Path]:
     folder = config.bookkeeping.out / "new_slides"
     folder.mkdir(parents=True, exist_ok=True)
-    names = [path.resolve().name.removesuffix(path.suffix).replace(" ", "_") for path in files]
+    names = _distinct([slide_id_of(path.resolve().name) for path in files])
     table = folder / "slides.csv"
-    rows = [
-        f'{name},"{path.resolve()}",{name},{"" if mpp is None else mpp}'
-        for name, path in zip(names, files, strict=True)
-    ]
-    table.write_text("\n".join(["slide_id,path,patient_id,mpp", *rows]) + "\n")
+    with table.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["slide_id", "path", "patient_id", "mpp"])
+        for name, path in zip(names, files, strict=True):
+            writer.writerow([name, path.resolve(), name, "" if mpp is None else mpp])
     cohort = config.cohort.model_copy(update={"table": table, "root": None, "columns": type(config.cohort.columns)()})
     book = config.bookkeeping.model_copy(update={"shards": folder / "shards", "limit": None})
     new = config.model_copy(update={"cohort": cohort, "bookkeeping": book})
@@ -212,6 +214,12 @@ def _heatmap_new(config: RunConfig, files: Sequence[Path], mpp: float | None) ->
     shards = ShardSet(book.shard_root)
     _predict_into(folder, config, shards, names, None)
     return heatmap_run(folder, shards, names)
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+    """The names, with a number behind those that came before: a slide may be given as SVS and as DICOM."""
+    before = [names[:position].count(name) for position, name in enumerate(names)]
+    return [f"{name}-{count + 1}" if count else name for name, count in zip(names, before, strict=True)]
 
 
 def _track_evaluation(config: RunConfig, evaluation: Evaluation) -> None:

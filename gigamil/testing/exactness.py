@@ -144,10 +144,13 @@ def distributed(case: Case, rank: int, num_ranks: int) -> Outcome:
 
 def check_cases(rank: int, num_ranks: int, wanted: list[Case]) -> list[tuple[float, float]]:
     """On this rank: relative error of the loss and of the gradient of each case against `reference`."""
-    skip_kernel_build()
+    if any(case.zero_stage is not None for case in wanted):
+        skip_kernel_build()
     errors = []
+    truths: dict[tuple[tuple[int, ...], bool], Outcome] = {}  # how a step is run means nothing to the reference
     for case in wanted:
-        found, truth = distributed(case, rank, num_ranks), reference(case)
+        found, key = distributed(case, rank, num_ranks), (case.sizes, case.random)
+        truth = truths[key] = truths.get(key) or reference(case)
         errors.append((relative_error(found.loss, truth.loss), gradient_error(found.gradients, truth.gradients)))
     return errors
 

@@ -31,7 +31,7 @@ def run_on_ranks(function: Callable[..., Any], num_ranks: int, *args: Any, timeo
     with tempfile.TemporaryDirectory() as folder:
         pipes, processes = [], []
         for rank in range(num_ranks):
-            receiver, sender = context.Pipe(duplex=False)
+            receiver, sender = context.Pipe()
             target = (function, rank, num_ranks, str(Path(folder) / "store"), sender, args, timeout_s)
             process = context.Process(target=_run_rank, args=target, daemon=True)
             process.start()
@@ -58,6 +58,8 @@ def _collect(pipes: list[Connection], deadline: float) -> list[Any]:
         for rank in [rank for rank in waiting if pipes[rank] in ready]:
             try:
                 good, value = pipes[rank].recv()
+                if good:
+                    pipes[rank].send("received")
             except EOFError:
                 good, value = False, "the process ended without a word"
             (results if good else errors)[rank] = value
@@ -86,6 +88,7 @@ def _run_rank(
     )
     try:
         pipe.send((True, function(rank, *args)))
+        pipe.recv()  # tensors travel as handles that are valid while this process lives
         dist.barrier()  # nobody closes its connections while another still needs them
     except BaseException:  # noqa: BLE001 - the parent raises it; nothing is swallowed
         pipe.send((False, traceback.format_exc()))

@@ -75,6 +75,11 @@ def launch_ranks(module: str, arguments: Sequence[str], execution: Execution, lo
         _raise_first_error(Path(folder), execution.ranks, code, logs)
 
 
+def has_parent() -> bool:
+    """In a rank: it was started by `launch_ranks`, which tells the user how it ended."""
+    return _OUTCOME_FOLDER in os.environ
+
+
 @contextmanager
 def report_outcome(rank: int) -> Iterator[None]:
     """In a rank: tell the process that called `launch_ranks` how this rank ends, and end with that process.

@@ -15,11 +15,11 @@ import torch.distributed as dist
 
 from gigamil.config.load import load_config
 from gigamil.config.schema import RunConfig
-from gigamil.errors import EnvironmentFault, GigamilError
+from gigamil.errors import EnvironmentFault, GigamilError, Interrupted, TrainingError
 from gigamil.lock import folder_lock
 from gigamil.parallel.topology import Topology, detect_topology
 from gigamil.train.engine import start_distributed
-from gigamil.train.launch import report_outcome
+from gigamil.train.launch import has_parent, report_outcome
 from gigamil.train.loop import Trainer
 
 _log = logging.getLogger("gigamil")
@@ -35,12 +35,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         topology = detect_topology()
         with report_outcome(topology.rank):
-            config = load_config(arguments.config, overrides)
-            run_rank(config, arguments.plugin)
+            run_rank(load_config(arguments.config, overrides), arguments.plugin)
+    except Interrupted as error:
+        _tell(error)
+        # All ranks agreed to stop; the DeepSpeed launcher would report a code other than 0 as a crash.
+        return 0 if has_parent() else error.exit_code
     except GigamilError as error:
-        if topology_is_first():
-            print(f"gigamil: {error}", file=sys.stderr, flush=True)
+        _tell(error)
         return error.exit_code
+    except Exception:
+        if has_parent():  # the command prints the message, and the traceback is in this rank's log
+            return TrainingError.exit_code
+        raise
     return 0
 
 
@@ -84,9 +90,10 @@ def choose_device(wanted: str, topology: Topology) -> torch.device:
     return device
 
 
-def topology_is_first() -> bool:
-    """True where messages are for the terminal."""
-    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+def _tell(error: GigamilError) -> None:
+    """Print a message once: by the command that started the ranks, or by the first rank of another launcher."""
+    if not has_parent() and os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+        print(f"gigamil: {error}", file=sys.stderr, flush=True)
 
 
 def _patient_lock(stack: ExitStack, out: Path) -> None:

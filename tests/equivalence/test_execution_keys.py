@@ -1,0 +1,85 @@
+"""Nothing under `execution` changes results: the first losses of a training run for other ranks, chunks, stages, ...
+
+Float32, through DeepSpeed. Chunking and sharing tiles out reorder sums, so losses agree to rounding (1e-6); what only
+changes when something is computed or read agrees bit for bit.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gigamil.config.schema import RunConfig
+from gigamil.testing.ranks import run_on_ranks
+from gigamil.testing.runs import tiny_run
+from gigamil.train.engine import make_ranks, skip_kernel_build
+from gigamil.train.loop import Trainer
+
+NUM_LOSSES = 5
+TO_ROUNDING = 1e-6
+
+SAME_SUMS: dict[str, dict[str, Any]] = {
+    "keep": {"memory": "keep"},
+    "replay": {"memory": "replay"},
+    "no prefetch": {"prefetch": 0},
+    "timeout": {"timeout_s": 50},
+    "budget": {"memory_budget": 1e9},
+}
+OTHER_SUMS: dict[str, dict[str, Any]] = {
+    "chunk 5": {"chunk": 5},
+    "zero 0": {"zero_stage": 0},
+    "zero 2": {"zero_stage": 2},
+    "zero 3": {"zero_stage": 3},
+}
+
+
+def _train(rank: int, num_ranks: int, configs: list[RunConfig]) -> list[list[float]]:
+    from gigamil.parallel.topology import Topology
+
+    skip_kernel_build()
+    losses = []
+    for config in configs:
+        topology = Topology(num_ranks, rank, rank, num_ranks, config.execution.group_size or num_ranks)
+        Trainer(config, make_ranks(topology), torch.device("cpu")).fit()
+        lines = map(json.loads, (config.bookkeeping.out / "metrics.jsonl").read_text().splitlines())
+        losses.append([line["loss"] for line in lines if line["kind"] == "step"])
+    return losses
+
+
+def _losses(folder: Path, num_ranks: int, variants: dict[str, dict[str, Any]]) -> dict[str, list[float]]:
+    configs = []
+    for name, execution in variants.items():
+        out = folder / f"{num_ranks} ranks, {name}"
+        execution = {"ranks": num_ranks} | execution
+        configs.append(tiny_run(folder, execution=execution, bookkeeping={"out": out}, science={"epochs": 2}))
+    found = run_on_ranks(_train, num_ranks, num_ranks, configs, timeout_s=240)
+    assert all(len(losses) == 8 for losses in found[0])
+    return dict(zip(variants, found[0], strict=True))
+
+
+@pytest.mark.timeout(600)  # three worlds, up to eleven short trainings in each
+def test_losses_do_not_depend_on_how_a_run_is_executed(tmp_path: Path) -> None:
+    one = _losses(tmp_path, 1, {"base": {}, **SAME_SUMS, **OTHER_SUMS})
+    for name in SAME_SUMS:
+        assert one[name] == one["base"], name
+    worlds = {(1, name): one[name] for name in ("base", *OTHER_SUMS)}
+    two = _losses(
+        tmp_path,
+        2,
+        {
+            "base": {},
+            "keep": {"memory": "keep"},
+            "replay": {"memory": "replay"},
+            "groups": {"group_size": 1},
+            "zero 3": {"zero_stage": 3},
+        },
+    )
+    assert two["keep"] == two["base"] == two["replay"]
+    three = _losses(tmp_path, 3, {"base": {}, "groups": {"group_size": 1}, "zero 0": {"zero_stage": 0}})
+    worlds |= {(2, name): losses for name, losses in two.items()} | {
+        (3, name): losses for name, losses in three.items()
+    }
+    for world, losses in worlds.items():
+        assert losses[:NUM_LOSSES] == pytest.approx(one["base"][:NUM_LOSSES], rel=TO_ROUNDING, abs=0), world
