@@ -21,10 +21,11 @@ if TYPE_CHECKING:
 _EPILOG = """\
 first steps:
   gigamil demo                                            everything, on synthetic slides
-  gigamil init my.yaml --slides DIR --labels labels.csv   a commented configuration for your slides
-  gigamil run my.yaml                                     tile, split, train, evaluate, heatmap; again: continue
+  gigamil init my.yaml --slides DIR --labels labels.csv   a commented YAML for your slides
+  gigamil run my.yaml                                     all of the stages; again: continue
 any key of the configuration: gigamil run my.yaml --science.epochs 5 --execution.ranks 4
-exit codes: 0 ok, 2 usage, 3 some slides failed, 4 environment, 5 interrupted (resumable), 6 training failed"""
+exit codes: 0 ok, 2 usage, 3 some slides failed, 4 environment, 5 interrupted (resumable),
+6 training failed"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -159,7 +160,6 @@ def _init(arguments: argparse.Namespace, _overrides: Sequence[str]) -> int:
         overwrite=arguments.overwrite,
     )
     print(report.text())
-    print(f"next: gigamil run {arguments.yaml}")
     return 0
 
 

@@ -1,6 +1,8 @@
 """`gigamil demo`: all of gigamil on synthetic slides, offline, by the same calls as the other commands."""
 
 import json
+import shutil
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -107,7 +109,7 @@ def _guide(out: Path) -> str:
         ("predictions", shown / "predictions.csv"),
         ("heatmaps, QuPath GeoJSON", shown / "heatmaps"),
         ("checkpoints", shown / "checkpoints"),
-        ("MLflow", f"mlflow ui --backend-store-uri sqlite:///{shown / 'mlflow.db'}"),
+        ("MLflow", f"{_command('mlflow')} ui --backend-store-uri sqlite:///{shown / 'mlflow.db'}"),
         ("the slides and their table", shown / "cohort"),
         ("the configuration, commented", shown / "demo.yaml"),
     ]
@@ -117,7 +119,15 @@ def _guide(out: Path) -> str:
             "\nEverything is here:",
             *lines,
             "Your own slides, in two more commands:",
-            "  gigamil init my.yaml --slides FOLDER --labels labels.csv",
-            "  gigamil run my.yaml",
+            f"  {_command('gigamil')} init my.yaml --slides FOLDER --labels labels.csv",
+            f"  {_command('gigamil')} run my.yaml",
         ]
     )
+
+
+def _command(name: str) -> str:
+    """A command as it can be typed here: its name if it is on the PATH, else its file beside this Python."""
+    if shutil.which(name):
+        return name
+    path = Path(sys.executable).parent / name
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)

@@ -12,7 +12,7 @@ from gigamil.config.load import absolute_paths
 from gigamil.config.schema import RunConfig
 from gigamil.data.cohort import load_cohort
 from gigamil.data.scan import slide_id_of
-from gigamil.data.split import Splits, load_splits, make_splits, save_splits
+from gigamil.data.split import Splits, load_splits, make_splits, save_splits, split_method
 from gigamil.data.tile import TileReport, tile_cohort
 from gigamil.errors import CohortError, SlideError
 from gigamil.evaluate.attention import Box, attention_path, write_attention
@@ -43,7 +43,14 @@ def split_cohort(config: RunConfig, *, again: bool = False) -> Splits:
     path = config.bookkeeping.out / "splits.json"
     table = load_cohort(config.cohort, need_files=False)
     if path.is_file() and not again:
-        return load_splits(path, table)
+        frozen = load_splits(path, table)
+        method = split_method(table, config.cohort, config.bookkeeping.limit)
+        if frozen.method != method:
+            raise CohortError(
+                f"'{path}' was split otherwise ({frozen.method}) than configured ({method}). Type `gigamil split --again`, "
+                "or choose another bookkeeping.out."
+            )
+        return frozen
     if (config.bookkeeping.out / "checkpoints" / "latest").is_file():
         raise CohortError(
             f"'{config.bookkeeping.out}' was trained on its split; another split needs another bookkeeping.out"

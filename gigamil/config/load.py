@@ -80,8 +80,13 @@ def to_commented_yaml(config: RunConfig) -> str:
 
 
 def science_digest_data(config: RunConfig) -> dict[str, Any]:
-    """The part of the configuration that changes results, as plain data: what must be equal to resume a run."""
+    """The part of the configuration that a run has to keep while it is resumed, as plain data.
+
+    Not in it: where weights came from (a checkpoint has them), and what only evaluation and tiling reports look at.
+    """
     data = json.loads(config.model_dump_json())
+    del data["slides"]["max_failed"], data["science"]["bootstrap"]
+    del data["science"]["warm_start"], data["science"]["encoder"]["weights"]
     return {name: data[name] for name in ("slides", "science")} | {"classes": data["cohort"]["classes"]}
 
 

@@ -1,8 +1,8 @@
 """The configuration of a run: frozen pydantic models, one YAML, unknown keys are errors.
 
-Sections by consequence: `cohort`, `slides` and `science` change results; `execution` must not (each key there has a
-test that toggling it changes nothing, or nothing beyond a stated tolerance); `bookkeeping` says where things go.
-docs/configuration.md has a row per key.
+Sections by consequence: `cohort`, `slides` and `science` change results; `execution` must not (toggling a key there
+changes nothing, or nothing beyond a stated tolerance: tests/equivalence/test_execution_keys.py); `bookkeeping` says where
+things go. docs/configuration.md has a row per key.
 """
 
 from pathlib import Path

@@ -101,7 +101,7 @@ def make_splits(
         without_tiles=tuple(slide_id for slide_id in wanted if slide_id not in tiled),
         classes=table.classes,
         cohort_sha256=table.sha256,
-        method=_method(table, cfg, limit),
+        method=split_method(table, cfg, limit),
     )
     check_splits(splits, table, needed=_needed(table, cfg))
     return splits
@@ -120,6 +120,16 @@ def smoke_slides(table: CohortTable, cfg: Cohort, limit: int) -> dict[str, str]:
         if taken[kind] <= limit:
             chosen[slide_id] = split
     return chosen
+
+
+def split_method(table: CohortTable, cfg: Cohort, limit: int | None) -> str:
+    """How a split of this table would be made, in words; equal words give equal splits."""
+    method = (
+        "split column of the slide table"
+        if _is_given(table)
+        else f"by patient, stratified by label, seed {cfg.split_seed}, test {cfg.test_fraction}, val {cfg.val_fraction}"
+    )
+    return method if limit is None else f"{method}; smoke run of the first {limit} of each split and class"
 
 
 def check_splits(splits: Splits, table: CohortTable, *, needed: Iterable[str] = ("train",)) -> None:
@@ -216,15 +226,6 @@ def _needed(table: CohortTable, cfg: Cohort) -> list[str]:
     if _is_given(table):
         return ["train"]
     return ["train", *(["val"] if cfg.val_fraction else []), *(["test"] if cfg.test_fraction else [])]
-
-
-def _method(table: CohortTable, cfg: Cohort, limit: int | None) -> str:
-    method = (
-        "split column of the slide table"
-        if _is_given(table)
-        else f"by patient, stratified by label, seed {cfg.split_seed}, test {cfg.test_fraction}, val {cfg.val_fraction}"
-    )
-    return method if limit is None else f"{method}; smoke run of the first {limit} of each split and class"
 
 
 def _is_given(table: CohortTable) -> bool:

@@ -73,7 +73,9 @@ def make_demo_cohort(
 
     with ThreadPoolExecutor(num_workers or os.cpu_count()) as pool:
         drawn = pool.map(draw, range(num_slides))
-        lesions = list(tqdm(drawn, total=num_slides, desc="draw slides", unit="slide", disable=None if progress else True))
+        lesions = list(
+            tqdm(drawn, total=num_slides, desc="draw slides", unit="slide", disable=None if progress else True)
+        )
     good = {row.slide_id: boxes for row, boxes in zip(rows, lesions, strict=True) if row.slide_id not in BAD_IDS}
     (out / "lesions.json").write_text(json.dumps(good, indent=1) + "\n")
     return _write_table(out / "slides.csv", rows)

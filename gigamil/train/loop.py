@@ -51,7 +51,8 @@ class Progress:
         best_auc, best_loss, best_epoch: of validation; None before the first. Of equal AUCs the lower loss is better.
         epochs_without_better: for early stopping.
         skipped_in_a_row: steps whose loss was not finite.
-        num_keep: chunks whose graphs are kept; part of the state, so that a resumed run sums in the same order.
+        num_keep: chunks whose graphs are kept; part of the state, so that a resumed run does the same work.
+        memory_settings: what `num_keep` was chosen for; other settings choose anew.
         metrics_bytes: size of metrics.jsonl at the commit.
         mlflow_run: id of the MLflow run.
     """
@@ -65,6 +66,7 @@ class Progress:
     epochs_without_better: int = 0
     skipped_in_a_row: int = 0
     num_keep: int | None = None
+    memory_settings: str = ""
     metrics_bytes: int = 0
     mlflow_run: str | None = None
 
@@ -108,7 +110,7 @@ class Trainer:
             keys=DrawKeys(science.seed, self._train.slide_ids),
             augment=partial(augment_tiles, settings=science.augment),
         )
-        self.progress = replace(self.progress, num_keep=self._step.num_keep)
+        self.progress = replace(self.progress, num_keep=self._step.num_keep, memory_settings=self._memory_settings())
         self._evaluator = ExactStep(  # the same step; its keys are never drawn from
             self.engine, ranks, loss, chunk=config.execution.chunk, num_keep=0, keys=DrawKeys(0, self._val.slide_ids)
         )
@@ -239,7 +241,7 @@ class Trainer:
             try:
                 progress = replace(self.progress, metrics_bytes=self._metrics.sync())
                 facts = asdict(progress) | {"science": science_digest_data(self.config), "versions": versions()}
-                facts |= {"splits_sha256": self._splits_sha256(), "chunk": self.config.execution.chunk}
+                facts |= {"splits_sha256": self._splits_sha256()}
                 self._store.commit(state, facts, step=progress.step, best=best)
             except CheckpointError as raised:
                 error = raised
@@ -280,13 +282,18 @@ class Trainer:
     def _choose_num_keep(self) -> int:
         """Chunks whose graphs are kept: measured once, agreed by all ranks, and kept for the life of the run."""
         execution = self.config.execution
+        if self.progress.num_keep is not None and self.progress.memory_settings == self._memory_settings():
+            return self.progress.num_keep
         chunk_bytes = measure_chunk_bytes(self.engine, execution.chunk, self.config.slides.tile_px)
         budget = memory_budget(execution.memory_budget, self._device, self._ranks.topology.local_size)
         num_keep = torch.tensor(chunks_to_keep(execution.memory, chunk_bytes, budget), device=self._device)
         if self._ranks.world is not None:
             dist.all_reduce(num_keep, op=dist.ReduceOp.MIN, group=self._ranks.world)
-        # A resumed run keeps as many as before, so that it sums in the same order.
-        return int(num_keep) if self.progress.num_keep is None else self.progress.num_keep
+        return int(num_keep)
+
+    def _memory_settings(self) -> str:
+        execution = self.config.execution
+        return f"{execution.memory} {execution.memory_budget} {execution.chunk} {self._ranks.topology.world_size}"
 
     def _plans(self, slides: SlideSet, order: Any) -> list[StepPlan]:
         topology = self._ranks.topology

@@ -87,6 +87,9 @@ def choose_device(wanted: str, topology: Topology) -> torch.device:
         )
     device = torch.device("cuda", topology.local_rank)
     torch.cuda.set_device(device)
+    # float32 means float32: TF32 convolutions would differ from the CPU's in the third digit.
+    torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
     return device
 
 

@@ -1,0 +1,199 @@
+"""Encoders: blind to how tiles are chunked, filled from local files that cannot run code, refused with a remedy."""
+
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from gigamil import keyed
+from gigamil.errors import ConfigError, EnvironmentFault
+from gigamil.models.encoder import (
+    FrozenStatistics,
+    SmallCNN,
+    TileEncoder,
+    build_encoder,
+    encoders,
+    load_backbone_weights,
+    refuse_train_batchnorm,
+)
+
+MEAN, STD = (0.7, 0.5, 0.6), (0.2, 0.25, 0.3)
+
+
+def build(name: str = "small_cnn", weights: Path | None = None, **options: object) -> TileEncoder:
+    return build_encoder(name, options, MEAN, STD, weights)
+
+
+def resnet18() -> TileEncoder:
+    try:
+        return build("resnet18")
+    except EnvironmentFault as fault:
+        pytest.skip(f"the torchvision of this machine does not fit its torch: {fault}")
+
+
+class Attack:
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+
+@pytest.mark.parametrize("width", [4, 16, 20])
+def test_small_cnn_has_the_width_it_promises(width: int) -> None:
+    encoder = build(width=width)
+    assert encoder.dim == 4 * width
+    assert encoder(torch.rand(2, 3, 32, 48), None).shape == (2, 4 * width)
+
+
+def test_small_cnn_sees_one_tile_at_a_time() -> None:
+    torch.manual_seed(0)
+    encoder = build(width=8, dropout=0.5).double().train()
+    image_nCHW = torch.rand(6, 3, 32, 32, dtype=torch.float64)
+    key_n = keyed.fold(keyed.root_key(0), torch.arange(6))
+    whole_nD = encoder(image_nCHW, key_n)
+    single_nD = torch.cat([encoder(image, key) for image, key in zip(image_nCHW.split(1), key_n.split(1), strict=True)])
+    torch.testing.assert_close(single_nD, whole_nD, rtol=1e-12, atol=1e-12)
+    assert 0 < int((whole_nD == 0).sum()) < whole_nD.numel()
+
+
+def test_the_input_is_normalised_by_what_travels_with_the_weights() -> None:
+    class Look(nn.Module):
+        dim = 1
+
+        def forward(self, image_nCHW, tile_key_n):
+            self.seen = image_nCHW
+            return image_nCHW.mean(dim=(1, 2, 3))[:, None]
+
+    look = Look()
+    encoder = TileEncoder(look, MEAN, STD)
+    encoder(torch.tensor(MEAN).view(1, 3, 1, 1) + torch.tensor(STD).view(1, 3, 1, 1) * 2, None)
+    torch.testing.assert_close(look.seen, torch.full((1, 3, 1, 1), 2.0))
+    assert sorted(encoder.state_dict()) == ["mean_C11", "std_C11"]
+
+
+def test_frozen_statistics_keep_batchnorm_in_evaluation_mode() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Dropout(0.5))
+    frozen = FrozenStatistics(network, dim=4)
+    frozen.train()
+    assert network[2].training
+    assert not network[1].training
+    assert network[1].weight.requires_grad
+    before = network[1].running_mean.clone()
+    frozen(torch.rand(5, 3, 4, 4), None)
+    assert torch.equal(network[1].running_mean, before)
+    refuse_train_batchnorm(frozen)
+    frozen.eval()
+    assert not network[2].training
+
+
+def test_train_mode_batchnorm_is_refused_with_the_remedy() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.BatchNorm1d(2)))
+    with pytest.raises(ConfigError, match=r"layer '1\.0' is BatchNorm in training mode.*FrozenStatistics"):
+        refuse_train_batchnorm(model.train())
+    refuse_train_batchnorm(model.eval())
+    # Without running statistics, evaluation mode uses those of the chunk too.
+    with pytest.raises(ConfigError, match="layer '0' is BatchNorm"):
+        refuse_train_batchnorm(nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False)).eval())
+
+
+def test_resnet18_is_frozen_trainable_and_blind_to_chunks() -> None:
+    encoder = resnet18().train()
+    refuse_train_batchnorm(encoder)
+    assert encoder.dim == 512
+    image_nCHW = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    whole_nD = encoder(image_nCHW, None)
+    assert whole_nD.shape == (3, 512)
+    single_nD = torch.cat([encoder(image, None) for image in image_nCHW.split(1)])
+    torch.testing.assert_close(single_nD, whole_nD, rtol=1e-4, atol=1e-5)  # float32; other shapes, other kernels
+    whole_nD.sum().backward()
+    assert [name for name, p in encoder.named_parameters() if p.grad is None] == []
+    assert not any("fc" in name for name in encoder.state_dict())
+
+
+def test_an_unknown_name_lists_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match="no encoder 'resnet81'; did you mean 'resnet18'") as caught:
+        build("resnet81")
+    for name in ("resnet18", "resnet34", "resnet50", "small_cnn"):
+        assert name in str(caught.value)
+
+
+def test_options_that_do_not_fit_are_named() -> None:
+    with pytest.raises(ConfigError, match=r"science.encoder.options do not fit encoder 'small_cnn': .*depth"):
+        build(depth=3)
+
+
+def test_an_encoder_without_a_width_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(encoders._factories, "odd", nn.Identity)
+    with pytest.raises(ConfigError, match="encoder 'odd' must have an integer attribute `dim`"):
+        build("odd")
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_weights_of_a_file_are_taken_and_its_classifier_is_left_out(tmp_path: Path, suffix: str) -> None:
+    torch.manual_seed(1)
+    state = SmallCNN(width=4).state_dict() | {"fc.weight": torch.ones(2, 16), "fc.bias": torch.ones(2)}
+    path = tmp_path / f"weights{suffix}"
+    save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
+    torch.manual_seed(2)
+    loaded = build(width=4, weights=path).backbone.state_dict()
+    assert loaded.keys() == {key for key in state if not key.startswith("fc.")}
+    assert all(torch.equal(loaded[key], state[key]) for key in loaded)
+
+
+def test_weights_of_a_torchvision_network_go_into_it(tmp_path: Path) -> None:
+    encoder = resnet18()
+    state = {f"{key}": value + 1 for key, value in encoder.backbone.network.state_dict().items()}
+    torch.save(state | {"fc.weight": torch.ones(1000, 512), "fc.bias": torch.ones(1000)}, tmp_path / "resnet18.pth")
+    load_backbone_weights(encoder, tmp_path / "resnet18.pth")
+    found = encoder.backbone.network.state_dict()
+    assert all(torch.equal(found[key], state[key]) for key in state)
+
+
+def test_weights_that_do_not_fit_are_told_apart(tmp_path: Path) -> None:
+    state = SmallCNN(width=4).state_dict()
+    state["features.0.weight"] = torch.ones(5, 3, 3, 3)
+    state["classifier"] = state.pop("features.1.bias")
+    torch.save(state, tmp_path / "w.pt")
+    with pytest.raises(ConfigError) as caught:
+        build(width=4, weights=tmp_path / "w.pt")
+    message = str(caught.value)
+    assert f"'{tmp_path / 'w.pt'}' does not fit the encoder" in message
+    assert "1 missing ['features.1.bias']" in message
+    assert "1 unexpected ['classifier']" in message
+    assert "1 of another shape ['features.0.weight']" in message
+
+
+def test_a_missing_or_damaged_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="science.encoder.weights: no file '.*none.pt'"):
+        build(weights=tmp_path / "none.pt")
+    with pytest.raises(ConfigError, match="no file"):
+        build(weights=tmp_path)  # a folder is not a file
+    for name in ("bad.pt", "bad.safetensors"):
+        (tmp_path / name).write_bytes(b"not a state_dict")
+        with pytest.raises(ConfigError, match=f"{name}' cannot be read"):
+            build(weights=tmp_path / name)
+    torch.save([torch.ones(1)], tmp_path / "list.pt")
+    with pytest.raises(ConfigError, match="holds a list, not a state_dict"):
+        build(weights=tmp_path / "list.pt")
+    torch.save({0: torch.ones(1), "features": {"0.weight": torch.ones(1)}}, tmp_path / "nested.pt")
+    with pytest.raises(
+        ConfigError, match=r"nested.pt' is not a state_dict: \[0, 'features'\] are not names of tensors"
+    ):
+        build(weights=tmp_path / "nested.pt")
+
+
+@pytest.mark.parametrize("writer", [pickle.dump, torch.save], ids=["pickle", "torch"])
+def test_a_file_that_would_run_code_does_not(tmp_path: Path, writer) -> None:
+    path, trace = tmp_path / "attack.pt", tmp_path / "was-here"
+    with path.open("wb") as stream:
+        writer({"features.0.weight": Attack(str(trace))}, stream)
+    with pytest.raises(ConfigError, match="attack.pt' cannot be read"):
+        build(weights=path)
+    assert not trace.exists()
+    pickle.loads(pickle.dumps(Attack(str(trace))))  # noqa: S301 - the attack itself works
+    assert trace.exists()

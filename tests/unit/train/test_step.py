@@ -1,0 +1,143 @@
+"""One process of the exact step: what it reports, what it leaves alone, and how it predicts. (Ranks: tests/distributed.)"""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from gigamil.data.pipeline import DrawKeys, StepTiles
+from gigamil.parallel.topology import Topology
+from gigamil.partition.schedule import StepPlan, plan_steps
+from gigamil.testing.exactness import Case, make_case_model, make_case_tiles, own_tiles, slide_names
+from gigamil.train.loss import cross_entropy
+from gigamil.train.plain import PlainEngine
+from gigamil.train.step import ExactStep, Ranks, measure_chunk_bytes
+
+CASE = Case((5, 1, 3), group_size=1)
+
+
+def make_step(num_keep: int = 1, loss=cross_entropy, augment=None, chunk: int = 2) -> ExactStep:
+    model = make_case_model(CASE, torch.float64)
+    head = [p for name, p in model.named_parameters() if not name.startswith("encoder.")]
+    groups = [{"params": list(model.encoder.parameters())}, {"params": head}]
+    engine = PlainEngine(model, torch.optim.SGD(groups, lr=0.1))
+    keys = DrawKeys(0, slide_names(CASE))
+    return ExactStep(engine, Ranks(Topology()), loss, chunk=chunk, num_keep=num_keep, keys=keys, augment=augment)
+
+
+def make_input() -> tuple[StepPlan, StepTiles, Tensor, Tensor]:
+    images, label_S, weight_S = make_case_tiles(CASE)
+    plan = plan_steps(range(3), CASE.sizes, 3, 1, 1)[0]
+    return plan, own_tiles(images, plan, Topology()), label_S, weight_S
+
+
+def parameters(step: ExactStep) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in step.engine.module.named_parameters()}
+
+
+def changed(step: ExactStep, before: dict[str, Tensor]) -> set[str]:
+    return {name for name, p in step.engine.module.named_parameters() if not torch.equal(p, before[name])}
+
+
+def test_a_step_reports_its_loss_and_moves_every_parameter() -> None:
+    step, (plan, tiles, label_S, weight_S) = make_step(), make_input()
+    before = parameters(step)
+    result = step.train(plan, tiles, label_S, weight_S, step=0, learning_rates=[0.1, 0.1])
+    assert result.skipped == ()
+    assert result.slide_loss_S.shape == (3,)
+    assert result.loss == pytest.approx(float((result.slide_loss_S * weight_S).sum() / weight_S.sum()), rel=1e-15)
+    assert result.grad_norm > 0
+    assert changed(step, before) == set(before)
+    assert all(p.grad is None for p in step.engine.module.parameters())
+
+
+def test_gradients_of_plain_sgd_and_the_reported_norm() -> None:
+    step, (plan, tiles, label_S, weight_S) = make_step(), make_input()
+    before = parameters(step)
+    result = step.train(plan, tiles, label_S, weight_S, step=0, learning_rates=[0.5, 0.25])
+    rates = {name: 0.5 if name.startswith("encoder.") else 0.25 for name in before}
+    moved = [(before[name] - p.detach()) / rates[name] for name, p in step.engine.module.named_parameters()]
+    norm = float(torch.cat([values.flatten() for values in moved]).norm())
+    assert norm == pytest.approx(result.grad_norm, rel=1e-10)
+
+
+def test_a_loss_that_is_not_finite_skips_the_step_and_names_the_slide() -> None:
+    def broken(logits_BK: Tensor, label_B: Tensor) -> Tensor:
+        return cross_entropy(logits_BK, label_B) * torch.tensor([1.0, math.nan, math.inf])
+
+    step, (plan, tiles, label_S, weight_S) = make_step(loss=broken), make_input()
+    before = parameters(step)
+    result = step.train(plan, tiles, label_S, weight_S, step=0, learning_rates=[0.1, 0.1])
+    assert (result.skipped, result.grad_norm) == ((1, 2), 0.0)
+    assert not math.isfinite(result.loss)
+    assert math.isfinite(result.slide_loss_S[0])
+    assert changed(step, before) == set()
+    step._loss = cross_entropy  # nothing of the skipped step is left for the next one
+    again, fresh = (
+        s.train(plan, tiles, label_S, weight_S, step=1, learning_rates=[0.1, 0.1]) for s in (step, make_step())
+    )
+    assert again.grad_norm == fresh.grad_norm
+
+
+def test_a_frozen_encoder_is_encoded_once_and_does_not_move() -> None:
+    step, (plan, tiles, label_S, weight_S) = make_step(num_keep=0), make_input()
+    calls = []
+    encode = step.engine.encode
+    step.engine.encode = lambda image, key: calls.append(torch.is_grad_enabled()) or encode(image, key)
+    before = parameters(step)
+    step.train(plan, tiles, label_S, weight_S, step=0, learning_rates=[0.0, 0.1], train_encoder=False)
+    assert calls == [False] * 5
+    moved = changed(step, before)
+    assert moved == {name for name in before if not name.startswith("encoder.")}
+
+
+@pytest.mark.parametrize(("num_keep", "calls"), [(0, 10), (1, 9), (5, 5), (2**31 - 1, 5)])
+def test_chunks_that_are_not_kept_are_encoded_twice(num_keep: int, calls: int) -> None:
+    step, (plan, tiles, label_S, weight_S) = make_step(num_keep), make_input()
+    seen = []
+    encode = step.engine.encode
+    step.engine.encode = lambda image, key: seen.append(len(image)) or encode(image, key)
+    step.train(plan, tiles, label_S, weight_S, step=0, learning_rates=[0.1, 0.1])
+    assert len(seen) == calls
+    assert seen[:5] == [2, 2, 2, 2, 1]
+
+
+def test_prediction_draws_nothing_and_keeps_nothing() -> None:
+    def refuse(image: Tensor, key: Tensor) -> Tensor:
+        raise AssertionError("prediction must not augment")
+
+    step, (plan, tiles, _, _) = make_step(augment=refuse), make_input()
+    logits_SK, attention_nA = step.evaluate(plan, tiles)
+    assert (logits_SK.shape, logits_SK.dtype) == ((3, 3), torch.float64)
+    assert not logits_SK.requires_grad
+    sums = torch.zeros(3, 2, dtype=torch.float64).index_add(0, tiles.slide_index_n, attention_nA)
+    torch.testing.assert_close(sums, torch.ones(3, 2, dtype=torch.float64), rtol=1e-14, atol=1e-14)
+    again_SK, _ = step.evaluate(plan, tiles)
+    assert torch.equal(again_SK, logits_SK)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 100])
+def test_prediction_does_not_depend_on_the_chunk(chunk: int) -> None:
+    plan, tiles, _, _ = make_input()
+    found, wanted = (make_step(chunk=size).evaluate(plan, tiles) for size in (chunk, 2))
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+def test_slides_are_predicted_apart_as_together() -> None:
+    plan, tiles, _, _ = make_input()
+    together_SK, _ = make_step().evaluate(plan, tiles)
+    images, _, _ = make_case_tiles(CASE)
+    for slide in range(3):
+        alone = plan_steps([slide], CASE.sizes, 1, 1, 1)[0]
+        logits_SK, _ = make_step().evaluate(alone, own_tiles(images, alone, Topology()))
+        torch.testing.assert_close(logits_SK[0], together_SK[slide], rtol=1e-12, atol=1e-14)
+
+
+def test_a_chunk_of_twice_the_tiles_costs_twice_the_bytes() -> None:
+    step = make_step()
+    one, two = (measure_chunk_bytes(step.engine, chunk, 32) for chunk in (8, 16))
+    assert one > 8 * 3 * 32 * 32 * 8  # at least the images themselves
+    assert two == pytest.approx(2 * one, rel=0.02)
+    assert all(p.grad is None for p in step.engine.module.parameters())
