@@ -27,7 +27,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "installing into $(VENV) (several GB with PyTorch: minutes the first time)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt uv
-	@$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[dev]'
+	@# Compiled once here: every rank of every run imports torch and DeepSpeed, which takes twice as long from source.
+	@$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -c constraints.txt -e '.[dev]'
 	@touch $@
 
 demo: $(STAMP) ## slides -> shards -> training on two ranks -> heatmaps, on synthetic slides

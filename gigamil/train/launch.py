@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
+import torch
 
 from gigamil.config.schema import Execution
 from gigamil.errors import GigamilError, TrainingError
@@ -114,8 +115,8 @@ def _environment(execution: Execution, folder: str) -> dict[str, str]:
     env |= {_OUTCOME_FOLDER: folder, _PARENT: str(os.getpid()), "MLFLOW_DISABLE_TELEMETRY": "true"}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         env.pop(name, None)
-    if execution.device == "cpu":
-        env["DS_ACCELERATOR"] = "cpu"
+    if execution.device == "cpu" or not torch.cuda.is_available():
+        env["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed says in every process that it looked for a GPU
     return env
 
 
