@@ -179,9 +179,9 @@ class RecordingPlainEngine(PlainEngine):
     """Keeps the reduced gradients of the step."""
 
     def step(self, learning_rates: object) -> float:
-        """Record, then update."""
+        """Record, then update if there is an optimiser."""
         self.gradients = _gradients(self.module)
-        return super().step(learning_rates)  # type: ignore[arg-type]
+        return 0.0 if self.optimizer is None else super().step(learning_rates)  # type: ignore[arg-type]
 
 
 class RecordingDeepSpeedEngine(DeepSpeedEngine):
@@ -194,8 +194,8 @@ class RecordingDeepSpeedEngine(DeepSpeedEngine):
 
 
 def _plain(case: Case, ranks: Ranks) -> RecordingPlainEngine:
-    model = make_case_model(case, torch.float64)
-    return RecordingPlainEngine(model, torch.optim.SGD(model.parameters(), lr=0.1), world=ranks.world)
+    # No optimiser: only gradients are looked at, and a rank's first one loads torch's compiler for three seconds.
+    return RecordingPlainEngine(make_case_model(case, torch.float64), world=ranks.world)
 
 
 def _deepspeed(case: Case) -> RecordingDeepSpeedEngine:

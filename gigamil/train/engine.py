@@ -167,10 +167,6 @@ class DeepSpeedEngine:
         context = engine.no_sync() if self.stage == 0 else engine.coalesce_grad_reduction()
         context.__enter__()
         yield
-        if self.stage < 3:
-            for parameter in self.module.parameters():
-                if parameter.grad is None:  # a frozen encoder: zero, so that every stage counts the same updates
-                    parameter.grad = torch.zeros_like(parameter)
         context.__exit__(None, None, None)
         if self.stage == 0:
             engine.allreduce_gradients()
@@ -179,8 +175,13 @@ class DeepSpeedEngine:
         """Clip, update with one learning rate per parameter group, clear gradients; returns the gradient's norm."""
         for group, rate in zip(self._engine.optimizer.param_groups, learning_rates, strict=True):
             group["lr"] = rate
+        if self.stage == 0:  # without ZeRO, DeepSpeed clips but does not tell the norm
+            gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
+            norm = float(torch.nn.utils.get_total_norm(gradients))
+            self._engine.step()
+            return norm
         self._engine.step()
-        return float(self._engine.get_global_grad_norm() or 0.0)
+        return float(self._engine.get_global_grad_norm())
 
     def full_gradients(self) -> dict[str, Tensor]:
         """Reduced gradients by name, after `one_reduction` and before `step`; a collective. For tests."""

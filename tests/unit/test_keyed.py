@@ -1,9 +1,5 @@
 """Draws are functions of their key: frozen values, no dependence on order or chunking, and a flat distribution."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -12,6 +8,7 @@ from gigamil import keyed
 
 def test_values_are_stable() -> None:
     # Frozen: a change here changes every dropout mask and augmentation of runs that people have published.
+    # Texts too: Python's own hash is another one in every process.
     assert keyed.text_key("augment") == 2333421271699273465
     assert int(keyed.root_key(0)) == -8469215461636344404
     assert int(keyed.root_key(-1)) == -9073517811768691942
@@ -23,21 +20,6 @@ def test_draws_are_the_published_generator() -> None:
     # The first outputs of SplitMix64 from state 0 are 0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F.
     top_bits = (keyed.uniform(torch.tensor(0), 3) * 2**24).long().tolist()
     assert top_bits == [0xE220A8, 0x6E789E, 0x06C45D]
-
-
-def test_text_keys_do_not_depend_on_the_hash_seed() -> None:
-    code = "from gigamil import keyed; print(keyed.text_key('slide-1'))"
-    found = {
-        subprocess.run(
-            [sys.executable, "-c", code],
-            env=os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(sys.path)},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        for seed in ("1", "2")
-    }
-    assert found == {f"{keyed.text_key('slide-1')}\n"}
 
 
 def test_any_chunking_and_order_draws_the_same() -> None:

@@ -1,5 +1,6 @@
 """What a run reads is checked before a rank starts: a slide that cannot be pooled never reaches a step."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from gigamil.train.cohort import load_training_data
 SIZES = {"a1": 3, "a2": 1, "b1": 2, "b2": 4, "c1": 2, "c2": 5, "d1": 1, "d2": 2}
 
 
-@pytest.fixture()
+@pytest.fixture
 def config(tmp_path: Path) -> RunConfig:
     """Eight slides of two classes, tiled and split."""
     rows = [f"{s},{s}.tif,{s},{'tumour' if s.endswith('2') else 'normal'}" for s in SIZES]
@@ -44,6 +45,7 @@ def test_sizes_and_labels_are_those_of_the_slides(config: RunConfig) -> None:
 
 def test_a_slide_whose_tiles_are_gone_is_refused_before_it_could_be_pooled(config: RunConfig) -> None:
     slide_id = load_training_data(config).slides("val").slide_ids[0]
+    shutil.rmtree(ShardSet(config.bookkeeping.shard_root).folder(slide_id))
     make_shards(config.bookkeeping.shard_root, slide_id, [], tile_px=16)  # tiled again, and no tissue was found
     with pytest.raises(BagError, match=f"1 slides have no tile in .*for example '{slide_id}'.*gigamil split"):
         load_training_data(config)
