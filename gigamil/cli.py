@@ -1,7 +1,6 @@
 """The command line: parse, load the configuration, call one function, turn errors into a message and an exit code."""
 
 import argparse
-import importlib
 import json
 import logging
 import os
@@ -11,7 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gigamil.errors import ConfigError, GigamilError
+from gigamil.errors import EnvironmentFault, GigamilError
+from gigamil.registry import import_plugins
 
 if TYPE_CHECKING:
     from gigamil.config.schema import RunConfig
@@ -50,6 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `gigamil ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:  # a folder that is read-only, a disk that is full
+        print(f"gigamil: {error}. Is the disk full, or the folder not yours?", file=sys.stderr, flush=True)
+        return EnvironmentFault.exit_code
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -75,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
         if config:
             sub.add_argument("config", metavar="CONFIG.yaml", help="configuration of the run")
             sub.add_argument(
-                "--limit", type=int, metavar="N", help="only N slides of each split and class: a smoke run"
+                "--limit", type=_count, metavar="N", help="only N slides of each split and class: a smoke run"
             )
             sub.add_argument(
                 "--plugin", action="append", default=[], metavar="MODULE", help="module that registers your parts"
@@ -85,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = verb("demo", _demo, "all of gigamil on synthetic slides, offline, in a few minutes", config=False)
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="run folder (%(default)s)")
-    demo.add_argument("--ranks", type=int, default=2, help="processes that train (%(default)s)")
+    demo.add_argument("--ranks", type=_count, default=2, help="processes that train (%(default)s)")
     init = verb("init", _init, "scan a folder of slides and a label table, write a commented YAML", config=False)
     init.add_argument("yaml", type=Path, metavar="CONFIG.yaml", help="file to write; slides.csv goes beside it")
     init.add_argument("--slides", type=Path, required=True, metavar="DIR", help="folder of slides, searched deeply")
@@ -98,9 +101,9 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--out", type=Path, metavar="DIR", help="folder that runs will be written to")
     inspect = verb("inspect", _inspect, "format, levels, mpp, tissue and tiles of slide files", config=False)
     inspect.add_argument("slides", nargs="+", metavar="SLIDE", help="slide files, or folders of DICOM files")
-    inspect.add_argument("--mpp", type=float, help="micron per pixel, for files that carry none")
-    inspect.add_argument("--tile-px", type=int, default=224, help="tile side in pixels (%(default)s)")
-    inspect.add_argument("--tile-mpp", type=float, default=0.5, help="micron per pixel of a tile (%(default)s)")
+    inspect.add_argument("--mpp", type=_positive, help="micron per pixel, for files that carry none")
+    inspect.add_argument("--tile-px", type=_count, default=224, help="tile side in pixels (%(default)s)")
+    inspect.add_argument("--tile-mpp", type=_positive, default=0.5, help="micron per pixel of a tile (%(default)s)")
     verb("tile", _tile, "slides -> shards of tissue tiles")
     split = verb("split", _split, "train, validation and test slides, by patient")
     split.add_argument("--again", action="store_true", help="make a new split, if nothing was trained on the old one")
@@ -110,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     heatmap.add_argument(
         "--slide", action="append", default=[], metavar="ID|FILE", help="slide id, or a new slide file"
     )
-    heatmap.add_argument("--mpp", type=float, help="micron per pixel of new slide files that carry none")
+    heatmap.add_argument("--mpp", type=_positive, help="micron per pixel of new slide files that carry none")
     verb("run", _run, "tile, split, train, evaluate, heatmap; what is done is skipped")
     return parser
 
@@ -127,12 +130,7 @@ def _load(arguments: argparse.Namespace, overrides: Sequence[str]) -> "RunConfig
     if arguments.limit is not None:
         words += ["--bookkeeping.limit", str(arguments.limit)]
     config = load_config(arguments.config, words)
-    sys.path.insert(0, str(Path.cwd()))  # a plugin is a module of the installed environment, or of this folder
-    for plugin in arguments.plugin:
-        try:
-            importlib.import_module(plugin)
-        except ImportError as error:
-            raise ConfigError(f"--plugin {plugin}: {error}") from error
+    import_plugins(arguments.plugin)
     if arguments.print_config:
         print(to_yaml(config), end="")
         raise SystemExit(0)
@@ -237,6 +235,20 @@ def _run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     result = run_pipeline(_load(arguments, overrides), plugins=arguments.plugin)
     print(json.dumps(result), flush=True)
     return 0
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+    return value
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} must be greater than 0")
+    return value
 
 
 def _number(value: float | None) -> str:

@@ -1,8 +1,9 @@
 """One run per folder: a lock file that says who holds it.
 
-Two signs of life are used. The kernel's lock on the open file ends with its process, whatever ended it, and is not
+Three signs of life are used. The kernel's lock on the open file ends with its process, whatever ended it, and is not
 fooled by a reused process number; but not every network file system passes it to other machines. So the file also
-names host, process and start time, and a holder on another machine is believed.
+names host, process and start time, which settles it on that host; and its holder touches it every few seconds, so that
+another host (or a container of another name) can tell a holder that was killed with its machine.
 """
 
 import errno
@@ -11,6 +12,8 @@ import json
 import logging
 import os
 import socket
+import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +25,9 @@ import psutil
 from gigamil.errors import EnvironmentFault
 
 LOCK_NAME = ".gigamil.lock"
+TOUCH_S = 10.0
+# Twelve touches, and more than the minute for which NFS clients believe their cached file times (acregmax).
+DEAD_AFTER_S = 120.0
 _NO_KERNEL_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS}
 
 _log = logging.getLogger(__name__)
@@ -45,7 +51,8 @@ class Holder:
 def folder_lock(path: Path | str, what: str) -> Iterator[None]:
     """Hold a folder for one run; it is made if it is missing.
 
-    The lock of a process that is dead, on this machine, is taken over with a notice in the log.
+    The lock of a dead run is taken over with a notice in the log: on this machine at once, of another machine when it
+    has not been touched for two minutes.
 
     Args:
         path: the folder.
@@ -58,15 +65,16 @@ def folder_lock(path: Path | str, what: str) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         handle = _open_locked(folder, file)
+        try:
+            _take(handle, folder, file, what)
+        except BaseException:
+            os.close(handle)
+            raise
     except OSError as error:
         raise EnvironmentFault(f"folder '{folder}' cannot be locked: {error}. Name a writable one.") from error
     try:
-        _take(handle, folder, file, what)
-    except BaseException:
-        os.close(handle)
-        raise
-    try:
-        yield
+        with _touched(handle, file):
+            yield
     finally:
         # Deleted while still locked: who waits for this file sees that it is gone and opens the next one.
         file.unlink(missing_ok=True)
@@ -96,7 +104,7 @@ def _take(handle: int, folder: Path, file: Path, what: str) -> None:
     """Write ourselves into a lock file, unless its last holder may be alive."""
     last = _read_holder(handle)
     if last is not None:
-        if last.host != socket.gethostname() or _alive(last):
+        if _alive(last) if last.host == socket.gethostname() else _touched_lately(handle, folder):
             raise _in_use(folder, file, last)
         _log.warning("folder '%s': took over the lock of a run that is dead (%s)", folder, last)
     me = Holder(what, socket.gethostname(), os.getpid(), psutil.Process().create_time())
@@ -111,6 +119,33 @@ def _read_holder(handle: int) -> Holder | None:
         return Holder(**json.loads(text))
     except (ValueError, TypeError):
         return None
+
+
+@contextmanager
+def _touched(handle: int, file: Path) -> Iterator[None]:
+    """Keep the time of a lock file fresh."""
+    over = threading.Event()
+
+    def touch() -> None:
+        while not over.wait(TOUCH_S):
+            try:
+                os.utime(handle)
+            except OSError as error:  # a file server that is away comes back
+                _log.warning("'%s' cannot be touched: %s", file, error)
+
+    thread = threading.Thread(target=touch, name="gigamil-lock", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def _touched_lately(handle: int, folder: Path) -> bool:
+    # Both times are the file server's: its clock may be minutes off ours.
+    with tempfile.TemporaryFile(dir=folder) as just_now:
+        return os.fstat(just_now.fileno()).st_mtime - os.fstat(handle).st_mtime < DEAD_AFTER_S
 
 
 def _alive(holder: Holder) -> bool:
@@ -129,6 +164,8 @@ def _same_file(handle: int, file: Path) -> bool:
 
 def _in_use(folder: Path, file: Path, holder: Holder | None) -> EnvironmentFault:
     who = f"by {holder}" if holder else "by a run that has just started"
+    elsewhere = holder is not None and holder.host != socket.gethostname()
+    cure = f"try again in {DEAD_AFTER_S / 60:g} minutes, or delete" if elsewhere else "delete"
     return EnvironmentFault(
-        f"folder '{folder}' is in use {who}. Wait for it, or name another folder. If that run is dead, delete '{file}'."
+        f"folder '{folder}' is in use {who}. Wait for it, or name another folder. If that run is dead, {cure} '{file}'."
     )

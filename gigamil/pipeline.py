@@ -22,9 +22,13 @@ from gigamil.evaluate.predictions import FILE_NAME, Predictions, write_predictio
 from gigamil.evaluate.report import evaluate_run, write_report
 from gigamil.evaluate.summary import Evaluation
 from gigamil.parallel.topology import Topology
+from gigamil.registry import import_plugins
 from gigamil.shards.read import ShardSet
 from gigamil.train.api import train_model
+from gigamil.train.checkpoint import CheckpointStore
 from gigamil.train.cohort import TrainingData, load_training_data
+from gigamil.train.identity import refuse_other_run, run_identity
+from gigamil.train.recorder import MLFLOW_STATUS
 from gigamil.train.records import RunRecord
 from gigamil.train.tracking import Tracker
 from gigamil.train.worker import choose_device
@@ -71,6 +75,7 @@ def evaluate_model(config: RunConfig) -> Evaluation:
     """
     out = config.bookkeeping.out
     data = load_training_data(config)
+    _refuse_other_checkpoint(config, data)
     slide_ids = [*data.splits.val, *data.splits.test] or list(data.splits.train)
     _predict_into(out, config, data.shards, slide_ids, data)
     evaluation = evaluate_run(out, num_bootstrap=config.science.bootstrap, seed=config.science.seed)
@@ -130,6 +135,7 @@ def run_pipeline(
         SlideError: more slides failed than `slides.max_failed` allows; the others are tiled.
     """
     start = time.monotonic()
+    import_plugins(plugins)
     config = absolute_paths(config)
     out = config.bookkeeping.out
     if not resume and (out / "checkpoints" / "latest").is_file():
@@ -146,6 +152,7 @@ def run_pipeline(
         )
     _say(show, "train", f"on {config.execution.ranks} ranks")
     if RunRecord(out / "run.json").facts.get("status") == "finished":
+        _refuse_other_checkpoint(config, load_training_data(config))
         print("already trained")
     else:
         train_model(config, plugins=plugins)
@@ -177,6 +184,12 @@ def refuse_failures(report: TileReport, max_failed: int) -> None:
             f"{len(report.bad)} slides have no tiles, more than slides.max_failed={max_failed}:\n{lines}\n"
             "Mend or remove them, or set slides.max_failed."
         )
+
+
+def _refuse_other_checkpoint(config: RunConfig, data: TrainingData) -> None:
+    """Refuse to use a trained model with a configuration, a split or tiles that it was not trained with."""
+    out = config.bookkeeping.out
+    refuse_other_run(run_identity(config, data), CheckpointStore(out / "checkpoints").facts(), out)
 
 
 def _predict_into(
@@ -251,7 +264,7 @@ def _track_files(config: RunConfig, files: Sequence[Path], metrics: Mapping[str,
     for path in files:
         if path.exists():
             tracker.artefact(path, path.name if path.is_dir() else None)
-    tracker.finish("FINISHED")
+    tracker.finish(MLFLOW_STATUS[facts.get("status", "finished")])
 
 
 def _say(show: bool, verb: str, words: str) -> None:

@@ -1,8 +1,11 @@
 """Names in the YAML -> factories registered by code (a decorator or an entry point); a YAML never imports by path."""
 
 import difflib
-from collections.abc import Callable
+import importlib
+import sys
+from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Generic, TypeVar
 
 from gigamil.errors import ConfigError
@@ -55,3 +58,21 @@ class Registry(Generic[Factory]):
     def names(self) -> list[str]:
         """Every known name, sorted."""
         return sorted({*self._factories, *(point.name for point in entry_points(group=self._group))})
+
+
+def import_plugins(modules: Sequence[str]) -> None:
+    """Import the user's modules, which register encoders, aggregators and losses.
+
+    Args:
+        modules: names of installed modules, or of modules in the working directory.
+    Raises:
+        ConfigError: one cannot be imported.
+    """
+    here = str(Path.cwd())
+    if modules and here not in sys.path:
+        sys.path.insert(0, here)
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise ConfigError(f"--plugin {module}: {error}") from error

@@ -64,7 +64,7 @@ def absolute_paths(config: RunConfig, base: Path | None = None) -> RunConfig:
         for name in parents:
             node = node[name]
         if node[leaf] is not None:
-            node[leaf] = (base / Path(node[leaf]).expanduser()).resolve()
+            node[leaf] = (base / _expanded(dotted, node[leaf])).resolve()
     return RunConfig.model_validate(data)
 
 
@@ -98,6 +98,13 @@ def known_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator
             yield prefix + name
         else:
             yield from known_keys(section, f"{prefix}{name}.")
+
+
+def _expanded(key: str, path: Path) -> Path:
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"{key}: '{path}': {error}") from error
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 
@@ -101,7 +102,7 @@ class Optim(Section):
     lr_encoder: NonNegative = 1e-4
     lr_head: NonNegative = 3e-4
     weight_decay: NonNegative = 1e-2
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
     warmup_steps: Annotated[int, Field(ge=0)] = 20
     final_lr_fraction: Fraction = Field(0.01, description="the cosine ends at this share of each learning rate")
     clip_norm: Positive | None = Field(1.0, description="largest norm of the whole gradient; null: no clipping")

@@ -1,10 +1,12 @@
 """A folder of slides and a label CSV -> slides.csv and a commented YAML: the first step with one's own data."""
 
 import csv
+import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from gigamil.config.load import to_commented_yaml
 from gigamil.config.schema import Bookkeeping, Cohort, RunConfig
@@ -78,7 +80,7 @@ def init_config(
     Raises:
         ConfigError: a file to be written is there already.
         CohortError: no slides, no match with the labels, a column is missing, two files or two rows with one id, or as
-            `load_cohort`.
+            `load_cohort`. Nothing is written then.
     """
     folder, labels_csv, out_yaml = Path(slides_folder).resolve(), Path(labels_csv), Path(out_yaml).resolve()
     table = out_yaml.with_name("slides.csv")
@@ -89,11 +91,12 @@ def init_config(
     labels = read_labels(labels_csv, chosen, patient_is_slide)
     files = files_by_id(folder)
     paths = _matched(folder, files, labels_csv, labels)
+    rows = [labels[slide_id] | {"path": str(path)} for slide_id, path in paths.items()]
+    cohort = Cohort(table=table, root=folder, patient_is_slide=patient_is_slide)
+    checked = _checked(cohort, rows)
 
     out_yaml.parent.mkdir(parents=True, exist_ok=True)
-    _write_table(table, {slide_id: labels[slide_id] | {"path": str(path)} for slide_id, path in paths.items()})
-    cohort = Cohort(table=table, root=folder, patient_is_slide=patient_is_slide)
-    checked = load_cohort(cohort)
+    _write_table(table, rows)
     config = RunConfig(
         cohort=cohort.model_copy(update={"classes": checked.classes}),
         bookkeeping=Bookkeeping(out=out_yaml.parent / "runs" / out_yaml.stem, name=out_yaml.stem),
@@ -128,12 +131,29 @@ def _matched(folder: Path, files: dict[str, list[Path]], labels_csv: Path, label
     return {slide_id: files[slide_id][0] for slide_id in both}
 
 
-def _write_table(path: Path, rows: dict[str, dict[str, str]]) -> None:
-    used = [name for name in _TABLE_COLUMNS if any(row.get(name) for row in rows.values())]
+def _checked(cohort: Cohort, rows: list[dict[str, str]]) -> CohortTable:
+    """The slide table that `rows` will be, read and checked before its final place is touched."""
+    with TemporaryDirectory() as folder:
+        draft = Path(folder) / cohort.table.name
+        _write_table(draft, rows)
+        try:
+            return load_cohort(cohort.model_copy(update={"table": draft}))
+        except CohortError as error:
+            # The draft is gone before anyone could look at its lines, so they get the names of their slides.
+            text = str(error).replace(str(draft), str(cohort.table))
+            with draft.open(newline="", encoding="utf-8") as file:
+                reader = csv.DictReader(file)
+                slides = {reader.line_num: row["slide_id"] for row in reader}
+            text = re.sub(r"(?m)^  - line (\d+):", lambda line: f"  - slide '{slides[int(line[1])]}':", text)
+            raise CohortError(f"nothing was written, since {text}") from error
+
+
+def _write_table(path: Path, rows: list[dict[str, str]]) -> None:
+    used = [name for name in _TABLE_COLUMNS if any(row.get(name) for row in rows)]
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, used, restval="", extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows.values())
+        writer.writerows(rows)
 
 
 def _open_some(cohort: CohortTable, num: int) -> tuple[dict[str, int], tuple[str, ...]]:

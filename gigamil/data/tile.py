@@ -6,7 +6,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Literal
@@ -21,7 +21,7 @@ from gigamil.errors import CohortError
 from gigamil.lock import folder_lock
 from gigamil.partition.curve import hilbert_sort
 from gigamil.shards.build import SlideJob, build_slide, finished_slide
-from gigamil.shards.format import STATUS
+from gigamil.shards.format import STATUS, slide_folder
 from gigamil.shards.manifest import SlideManifest
 from gigamil.shards.write import clear_leftovers
 
@@ -86,7 +86,7 @@ def tile_cohort(cfg: RunConfig, *, progress: bool = True) -> TileReport:
     """Tile every slide of the table.
 
     Each slide is tiled in a child process; an unreadable slide, or a crash, costs that slide only and is reported with
-    its reason. A slide that was finished with the same settings from the same file is skipped. What a killed run left
+    its reason. A slide that was finished with the same settings from the same file is skipped. What a stopped run left
     half done is deleted. With `bookkeeping.limit` only the slides of the smoke run are tiled. A script calls this below
     `if __name__ == "__main__":`, since children import the script.
 
@@ -103,21 +103,23 @@ def tile_cohort(cfg: RunConfig, *, progress: bool = True) -> TileReport:
     rows = _wanted_rows(cfg)
     root = cfg.bookkeeping.shard_root
     jobs = [SlideJob(row.slide_id, row.path, row.mpp, cfg.slides, root) for row in rows]
-    with folder_lock(root, "gigamil tile"):
-        clear_leftovers(root)
+    with folder_lock(root, "gigamil tile"), _no_leftovers(root):
         outcomes = {job.slide_id: _outcome(job, done, "cached", 0.0) for job in jobs if (done := finished_slide(job))}
         todo = [job for job in jobs if job.slide_id not in outcomes]
-        if todo and not any(job.path.exists() for job in todo) and not outcomes:
+        # os.path.exists: what may not be looked at counts as absent, where Path.exists raises.
+        if todo and not any(os.path.exists(job.path) for job in todo) and not outcomes:
             raise CohortError(
                 f"none of the {len(todo)} slide paths exists, for example '{todo[0].path}'; set cohort.root"
             )
-        with _progress(len(jobs), progress) as show:
+        num_workers = cfg.execution.tile_workers or _num_cores()
+        # Closed here, and not when its garbage is collected: no child may outlive the lock.
+        with _progress(len(jobs), progress) as show, closing(run_isolated(tile_slide, todo, num_workers)) as results:
             for outcome in outcomes.values():
                 show(outcome)
-            for position, result in run_isolated(tile_slide, todo, cfg.execution.tile_workers or _num_cores()):
-                slide_id = todo[position].slide_id
-                outcome = SlideOutcome(slide_id, "failed", 0, 0.0, str(result)) if isinstance(result, Died) else result
-                outcomes[slide_id] = outcome
+            for position, result in results:
+                job = todo[position]
+                outcome = _failed(job, str(result), 0.0) if isinstance(result, Died) else result
+                outcomes[job.slide_id] = outcome
                 show(outcome)
         report = TileReport(tuple(outcomes[row.slide_id] for row in rows), root)
         _write_status(report)
@@ -132,14 +134,30 @@ def tile_slide(job: SlideJob) -> SlideOutcome:
     try:
         manifest = build_slide(job, hilbert_sort)
     except OSError as error:  # a SlideError, or the disk
-        reason = " ".join(str(error).split())
-        return SlideOutcome(job.slide_id, "failed", 0, round(time.perf_counter() - start, 2), reason)
+        return _failed(job, str(error), time.perf_counter() - start)
     return _outcome(job, manifest, "ok", time.perf_counter() - start)
 
 
 def _outcome(job: SlideJob, manifest: SlideManifest, status: Status, seconds: float) -> SlideOutcome:
     status = status if manifest.num_tiles else "no_tissue"
     return SlideOutcome(job.slide_id, status, manifest.num_tiles, round(seconds, 2), manifest.why_empty)
+
+
+def _failed(job: SlideJob, reason: str, seconds: float) -> SlideOutcome:
+    kept = " (Its shards of other settings, or of another version of its file, are kept.)"
+    had_shards = os.path.exists(slide_folder(job.root, job.slide_id))
+    reason = " ".join(reason.split()) + (kept if had_shards else "")
+    return SlideOutcome(job.slide_id, "failed", 0, round(seconds, 2), reason)
+
+
+@contextmanager
+def _no_leftovers(root: Path) -> Iterator[None]:
+    """Delete what a killed run left, and at the end what children left that were ended by Ctrl-C."""
+    clear_leftovers(root)
+    try:
+        yield
+    finally:
+        clear_leftovers(root)
 
 
 def _wanted_rows(cfg: RunConfig) -> tuple[SlideRow, ...]:

@@ -4,10 +4,12 @@
 """
 
 import multiprocessing
+import multiprocessing.resource_tracker
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Generic, TypeVar
@@ -34,13 +36,14 @@ class Died:
 
 def run_isolated(
     function: Callable[[Job], Result], jobs: Sequence[Job], num_workers: int
-) -> Iterator[tuple[int, Result | Died]]:
+) -> Generator[tuple[int, Result | Died], None, None]:
     """Apply a function to each job in child processes.
 
     Args:
         function: importable by name, as are the types of jobs and results. An exception in it ends the child.
         jobs: handed out in order, one at a time.
-        num_workers: children at once. They end with the parent, however that ends.
+        num_workers: children at once. They end when the generator is closed, and with the parent, however that ends;
+            Ctrl-C is for the parent alone.
     Yields:
         (position of the job, its result or how its process died), in the order in which jobs finish.
     """
@@ -66,7 +69,8 @@ class _Worker(Generic[Job, Result]):
     def __init__(self, function: Callable[[Job], Result]) -> None:
         self.connection, theirs = _context.Pipe()
         self._process = _context.Process(target=_serve, args=(function, theirs), daemon=True)
-        self._process.start()
+        with _interrupts_held_back():
+            self._process.start()
         theirs.close()  # the child holds the only copy, so its death ends the connection
         self._position = -1
 
@@ -86,9 +90,9 @@ class _Worker(Generic[Job, Result]):
             return self._position, Died(self._process.exitcode or 0)
 
     def end(self) -> None:
-        self.connection.close()
-        self._process.terminate()
+        self._process.terminate()  # before it could complain of half a message
         self._process.join()
+        self.connection.close()
 
 
 def _hire(
@@ -104,7 +108,6 @@ def _hire(
 
 
 def _serve(function: Callable[[Job], Result], connection: Connection) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's: it ends us
     threading.Thread(target=_end_with_parent, daemon=True).start()
     while True:
         try:
@@ -112,6 +115,29 @@ def _serve(function: Callable[[Job], Result], connection: Connection) -> None:
         except EOFError:
             return
         connection.send(function(job))
+
+
+@contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """For starting a child: it never sees a Ctrl-C, and ours comes when the block is over.
+
+    A child inherits the mask before its first instruction. The mask does not keep the signal from our other threads
+    (those of a BLAS), which hand it to the main thread; between the child's start and the pipe from which it reads
+    its task, that would tear the start, and the child would print a traceback. So the handler waits too.
+    """
+    multiprocessing.resource_tracker.ensure_running()  # else the first start makes it, and lifts the mask in doing so
+    in_main = threading.current_thread() is threading.main_thread()  # the only one that is interrupted, or may say how
+    came: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, frame: came.append(number)) if in_main else None
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if in_main:
+            signal.signal(signal.SIGINT, handler)
+    if came:
+        signal.raise_signal(signal.SIGINT)
 
 
 def _end_with_parent() -> None:

@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from gigamil.config.schema import RunConfig
 from gigamil.data.pipeline import DrawKeys, StepLoader
+from gigamil.errors import CheckpointError
 from gigamil.evaluate.attention import Attention
 from gigamil.models.slide_model import SlideModel, build_model
 from gigamil.parallel.topology import Topology
@@ -40,7 +41,12 @@ def load_model(config: RunConfig, num_classes: int, pointer: str = "best") -> Sl
     # The checkpoint has every weight; the file that training started from may be gone.
     encoder = science.encoder.model_copy(update={"weights": None})
     model = build_model(science.model_copy(update={"encoder": encoder}), num_classes)
-    model.load_state_dict(state)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"the checkpoint in '{config.bookkeeping.out}' is of another model than configured: {error}"
+        ) from error
     return model.eval()
 
 

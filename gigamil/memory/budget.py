@@ -1,11 +1,14 @@
 """How many graphs fit: measured bytes of one chunk's graph against a budget."""
 
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import psutil
 import torch
 from torch import Tensor, nn
+
+from gigamil.memory.cgroup import cgroup_free_bytes
 
 
 class SavedBytes:
@@ -53,8 +56,19 @@ def memory_budget(setting: float | None, device: torch.device, local_ranks: int)
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
     else:
-        free = psutil.virtual_memory().available // local_ranks
+        free = free_memory() // local_ranks
     return int(free * (0.5 if setting is None else setting))
+
+
+def free_memory(cgroup_root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> int:
+    """Bytes of main memory that may still be taken: what is free on the machine and within the job's own limit.
+
+    Args:
+        cgroup_root, membership: as `cgroup_free_bytes`.
+    """
+    free = psutil.virtual_memory().available
+    allowed = cgroup_free_bytes(cgroup_root, membership)
+    return free if allowed is None else min(free, allowed)
 
 
 def chunks_to_keep(strategy: str, chunk_bytes: int, budget: int) -> int:

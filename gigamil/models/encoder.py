@@ -62,7 +62,7 @@ class SmallCNN(nn.Module):
         for num_in, num_out in itertools.pairwise(channels):
             # Group normalisation looks at one tile only, so it cannot tell how tiles are chunked.
             conv = nn.Conv2d(num_in, num_out, kernel_size=3, stride=2, padding=1, bias=False)
-            blocks += [conv, nn.GroupNorm(max(1, num_out // 8), num_out), nn.ReLU()]
+            blocks += [conv, nn.GroupNorm(_num_groups(num_out), num_out), nn.ReLU()]
         self.features = nn.Sequential(*blocks)
         self.dropout = KeyedDropout(dropout, "encoder.embedding")
         self.dim = channels[-1]
@@ -70,6 +70,11 @@ class SmallCNN(nn.Module):
     def forward(self, image_nCHW: Tensor, tile_key_n: Tensor | None) -> Tensor:
         """Normalised images -> embedding (n, D)."""
         return self.dropout(self.features(image_nCHW).mean(dim=(2, 3)), tile_key_n)
+
+
+def _num_groups(channels: int) -> int:
+    """Groups of about eight channels: the largest number up to an eighth of them that divides them."""
+    return next(num for num in range(max(1, channels // 8), 0, -1) if channels % num == 0)
 
 
 class FrozenStatistics(nn.Module):

@@ -15,7 +15,7 @@ from gigamil.errors import ShardError, SlideError
 from gigamil.shards.format import FORMAT_VERSION, INDEX, MASK, THUMBNAIL, slide_folder
 from gigamil.shards.index import SlideIndex, write_index
 from gigamil.shards.manifest import Setting, SlideManifest, digest_file, read_manifest, settings_digest
-from gigamil.shards.write import StoredTiles, commit, remove_slide, staged_slide, write_tars
+from gigamil.shards.write import StoredTiles, commit, staged_slide, write_tars
 from gigamil.slides.grid import TileGrid, choose_tiles
 from gigamil.slides.reader import Slide, open_slide
 from gigamil.slides.tissue import TissueMask, find_tissue
@@ -50,7 +50,8 @@ class SlideJob:
 def finished_slide(job: SlideJob) -> SlideManifest | None:
     """The manifest of a slide that needs no tiling: same settings, same slide file, all files there in full size.
 
-    A slide file that is gone (moved to an archive) does not make its shards stale.
+    A slide file that is gone or cannot be read (moved to an archive, on a server that is away) does not make its shards
+    stale.
     """
     try:
         manifest = read_manifest(slide_folder(job.root, job.slide_id))
@@ -59,15 +60,15 @@ def finished_slide(job: SlideJob) -> SlideManifest | None:
     folder = slide_folder(job.root, job.slide_id)
     complete = all(_size(folder / file.name) == file.bytes for file in manifest.files)
     same_settings = manifest.settings_hash == settings_digest(job.settings)
-    same_source = not job.path.exists() or manifest.source_fingerprint == fingerprint(job.path)
-    return manifest if complete and same_settings and same_source else None
+    return manifest if complete and same_settings and _same_source(job.path, manifest) else None
 
 
 def build_slide(job: SlideJob, order: CellOrder) -> SlideManifest:
     """Tile a slide: find tissue, choose tiles, read, encode and store them in the given order.
 
-    A slide without a tile gets a manifest too, which says why, so that it is not tried again. Shards of other
-    settings are deleted first: a mixture would be trained on at two scales.
+    A slide without a tile gets a manifest too, which says why, so that it is not tried again. Shards that are there
+    already are replaced when the new ones are complete; on an error they stay, and `finished_slide` and
+    `ShardSet.check_tiles` tell them from those of today's settings.
 
     Returns:
         The manifest. Equal files and settings give equal bytes in every file.
@@ -77,7 +78,6 @@ def build_slide(job: SlideJob, order: CellOrder) -> SlideManifest:
     Cost: reads the slide once at `tissue_mpp` and its tissue once at `tile_mpp`, tile by tile: memory holds the
         thumbnail and one tile.
     """
-    remove_slide(job.root, job.slide_id)
     settings = job.slides
     with (
         open_slide(job.path, mpp=job.mpp, default_mpp=settings.default_mpp) as slide,
@@ -123,6 +123,13 @@ def fingerprint(path: Path) -> str:
     except OSError as error:
         raise SlideError(f"slide '{path}' cannot be read: {error}") from error
     return digest.hexdigest()
+
+
+def _same_source(path: Path, manifest: SlideManifest) -> bool:
+    try:
+        return fingerprint(path) == manifest.source_fingerprint
+    except SlideError:
+        return True  # as far as anyone can see now
 
 
 def _check_scale(job: SlideJob, slide: Slide) -> None:
@@ -200,4 +207,7 @@ def _manifest(
 
 
 def _size(path: Path) -> int | None:
-    return path.stat().st_size if path.exists() else None
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None

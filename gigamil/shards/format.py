@@ -7,8 +7,8 @@ A change here, or in how pixels are read, masked or encoded, is a new FORMAT_VER
                              index.parquet     one row per tile, in stored order (see index.py)
                              tiles-00000.tar   members <slide_id>/<number>.jpg, webdataset keys <slide_id>/<number>
                              thumbnail.jpg, mask.png
-    <root>/staging/<slide_id>/                 the same while it is written; renamed to slides/ when complete
-    <root>/removed/<slide_id>/                 the same while it is deleted
+    <root>/.gigamil-staging/<slide_id>/        the same while it is written; renamed to slides/ when complete
+    <root>/.gigamil-removed/<slide_id>/        the same while it is deleted
 """
 
 from pathlib import Path
@@ -18,7 +18,9 @@ FORMAT_VERSION: Final = 1
 TILES_PER_TAR = 4096  # 50-120 MB of 224-pixel tiles: large enough for one range request, small enough to copy again
 TAR_BLOCK = 512  # a USTAR header is one block, and data is padded to whole blocks
 
-SLIDES, STAGING, REMOVED, STATUS = "slides", "staging", "removed", "status.csv"
+SLIDES, STATUS = "slides", "status.csv"
+# `gigamil tile` deletes these two whatever they hold, so they have names that nobody else gives to a folder.
+STAGING, REMOVED = ".gigamil-staging", ".gigamil-removed"
 MANIFEST, INDEX, THUMBNAIL, MASK = "manifest.json", "index.parquet", "thumbnail.jpg", "mask.png"
 EXTENSION = "jpg"
 

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gigamil.errors import ShardError
 from gigamil.shards.format import FORMAT_VERSION, MANIFEST
@@ -21,9 +21,9 @@ class _Record(BaseModel):
 
 
 class FileDigest(_Record):
-    """A file beside the manifest."""
+    """A file beside the manifest; its name leads nowhere else, whoever wrote the manifest."""
 
-    name: str
+    name: str = Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$")
     bytes: int
     sha256: str
 

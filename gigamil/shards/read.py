@@ -18,7 +18,7 @@ from PIL import Image
 from webdataset.tariterators import tar_file_iterator
 
 from gigamil.errors import BagError, ShardError
-from gigamil.shards.format import INDEX, MASK, SLIDES, TAR_BLOCK, THUMBNAIL, member_name, padded, slide_folder
+from gigamil.shards.format import INDEX, MASK, SLIDES, STATUS, TAR_BLOCK, THUMBNAIL, member_name, padded, slide_folder
 from gigamil.shards.index import SlideIndex, read_index
 from gigamil.shards.manifest import FileDigest, SlideManifest, digest_file, read_manifest
 
@@ -119,7 +119,8 @@ class ShardSet:
             raise ShardError(
                 f"{len(other)} slides in '{self.root}' were tiled otherwise than configured, for example '{other[0]}': "
                 f"{first.tile_px} px at {first.tile_mpp:g} um per pixel, configured {tile_px} at {tile_mpp:g}. "
-                "Run `gigamil tile` again, or set slides.tile_px and slides.tile_mpp to these values."
+                f"Run `gigamil tile` again ('{self.root / STATUS}' says why a slide failed), or set slides.tile_px and "
+                "slides.tile_mpp to these values."
             )
 
     def thumbnail(self, slide_id: str) -> tuple[np.ndarray, float]:

@@ -1,7 +1,7 @@
 """Tiles -> tars in a staging folder, and the one rename that makes a slide appear. Imports webdataset, as read.py does.
 
-Nothing half-finished ever has a final name: a slide is written under `staging/`, every file is flushed to disk, the
-manifest is written last, and then the folder is renamed.
+Nothing half-finished ever has a final name: a slide is written in a staging folder, every file is flushed to disk,
+the manifest is written last, and then the folder is renamed.
 """
 
 import itertools
@@ -80,31 +80,29 @@ def staged_slide(root: Path, slide_id: str) -> Iterator[Path]:
 def commit(root: Path, staged: Path, manifest: SlideManifest) -> None:
     """Make a staged slide final: flush its files, write the manifest last, rename the folder.
 
+    Shards of the slide that are there already go when the new ones are complete and not before.
+
     Raises:
-        OSError: the disk is full, or a version of the slide is there already (see `remove_slide`).
+        OSError: the disk is full.
     """
-    final = slide_folder(root, manifest.slide_id)
+    final, old = slide_folder(root, manifest.slide_id), root / REMOVED / manifest.slide_id
     final.parent.mkdir(parents=True, exist_ok=True)
     for file in manifest.files:
         _sync(staged / file.name)
     (staged / MANIFEST).write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
     _sync(staged / MANIFEST)
     _sync(staged)
+    if final.exists():
+        # It disappears with one rename, so no reader sees half of it.
+        old.parent.mkdir(parents=True, exist_ok=True)
+        final.rename(old)
     staged.rename(final)
     _sync(final.parent)
-
-
-def remove_slide(root: Path, slide_id: str) -> None:
-    """Delete a finished slide, if it is there. It disappears with one rename, so no reader sees half of it."""
-    final, removed = slide_folder(root, slide_id), root / REMOVED / slide_id
-    if final.exists():
-        removed.parent.mkdir(parents=True, exist_ok=True)
-        final.rename(removed)
-        shutil.rmtree(removed)
+    shutil.rmtree(old, ignore_errors=True)  # what a reader still holds open is for `clear_leftovers`
 
 
 def clear_leftovers(root: Path) -> None:
-    """Delete what a killed run left. Call it only while holding the folder's lock."""
+    """Delete what a run that was stopped left. Call it only while holding the folder's lock."""
     for name in (STAGING, REMOVED):
         shutil.rmtree(root / name, ignore_errors=True)
 

@@ -2,15 +2,19 @@
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
-from typing import Self
+from typing import NoReturn, Self, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from gigamil.errors import TrainingError
+from gigamil.errors import EnvironmentFault, GigamilError, TrainingError
 from gigamil.train.step import Ranks
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -30,29 +34,58 @@ def agree(ranks: Ranks, device: torch.device, *, error: Exception | None, stop: 
     """Reduce each rank's wishes; if a rank met an error, all raise the same one.
 
     Raises:
-        TrainingError: the error of the lowest failing rank, on every rank, naming it.
+        GigamilError: the same on every rank: their common error, or a TrainingError that names the lowest failing rank.
     Cost: one all-reduce of 3 numbers; one gather of messages if there is an error.
     """
     if ranks.world is None:
         if error is not None:
-            raise _refusal(0, error)
+            raise error
         return Decision(stop, save)
     flags = torch.tensor([error is not None, stop, save], dtype=torch.int32, device=device)
     dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=ranks.world)
     any_error, any_stop, any_save = (bool(flag) for flag in flags.tolist())
     if any_error:
-        messages: list[str | None] = [None] * ranks.topology.world_size
-        own = None if error is None else f"{type(error).__name__}: {error}"
-        dist.all_gather_object(messages, own, group=ranks.world)
-        first = next(rank for rank, message in enumerate(messages) if message is not None)
-        raise TrainingError(f"rank {first}: {messages[first]}") from error
+        _raise_same(ranks, error)
     return Decision(any_stop, any_save)
 
 
-def _refusal(rank: int, error: Exception) -> TrainingError:
-    refusal = TrainingError(f"rank {rank}: {type(error).__name__}: {error}")
-    refusal.__cause__ = error
-    return refusal
+@contextmanager
+def all_or_none(ranks: Ranks, device: torch.device) -> Iterator[None]:
+    """Work that each rank does by itself, without collectives: if it fails on one, all raise."""
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as raised:  # noqa: BLE001 - agreed on, and raised, in the next line
+        error = raised
+    agree(ranks, device, error=error, stop=False, save=False)
+
+
+def first_rank_says(ranks: Ranks, value: Value) -> Value:
+    """The value that rank 0 has, on all ranks. Cost: one broadcast of a small object."""
+    if ranks.world is None:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, group=ranks.world)
+    return box[0]
+
+
+def _raise_same(ranks: Ranks, error: Exception | None) -> NoReturn:
+    own = None if error is None else (type(error).__name__, str(error), _exit_code(error))
+    told: list[tuple[str, str, int] | None] = [None] * ranks.topology.world_size
+    dist.all_gather_object(told, own, group=ranks.world)
+    first = next(rank for rank, what in enumerate(told) if what is not None)
+    if isinstance(error, GigamilError) and all(what == told[first] for what in told):
+        raise error  # every rank met the same, for example in the configuration
+    name, message, exit_code = told[first]  # type: ignore[misc]
+    refusal = TrainingError(f"rank {first}: {name}: {message}")
+    refusal.exit_code = exit_code
+    raise refusal from error
+
+
+def _exit_code(error: Exception) -> int:
+    if isinstance(error, OSError) and not isinstance(error, GigamilError):
+        return EnvironmentFault.exit_code
+    return getattr(error, "exit_code", TrainingError.exit_code)
 
 
 class StopSignals:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from gigamil.config.load import to_yaml
 from gigamil.config.schema import RunConfig
+from gigamil.registry import import_plugins
 from gigamil.train.checkpoint import replace_file
 from gigamil.train.cohort import load_training_data
 from gigamil.train.launch import launch_ranks
@@ -25,6 +26,7 @@ def train_model(config: RunConfig, *, plugins: Sequence[str] = ()) -> dict[str, 
         CohortError, ShardError: found before ranks are started.
         RanksFailed: the ranks ended with an error; its exit code tells which kind.
     """
+    import_plugins(plugins)
     load_training_data(config)  # what is wrong with the data is told before ranks are started
     out = config.bookkeeping.out
     out.mkdir(parents=True, exist_ok=True)

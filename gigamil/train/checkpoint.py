@@ -82,9 +82,9 @@ class CheckpointStore:
         self._drop_old()
         return final
 
-    def mark_best(self) -> None:
-        """Point `best` to the newest generation."""
-        self._point("best", (self.folder / "latest").read_text().strip())
+    def mark_best(self, generation: Path) -> None:
+        """Point `best` to a generation."""
+        self._point("best", generation.name)
 
     def find(self, pointer: str = "latest") -> Path | None:
         """Folder of a generation by pointer; None if there is none yet."""
@@ -92,24 +92,37 @@ class CheckpointStore:
         return self.folder / file.read_text(errors="replace").strip() if file.is_file() else None
 
     def load(self, pointer: str = "latest") -> tuple[TrainingState, dict[str, Any]]:
-        """Read a generation after comparing every file with its digest.
+        """`read` of the generation that a pointer names.
 
         Raises:
-            CheckpointError: none there, of another format, or damaged (names the file).
+            CheckpointError: none there, or as `read`.
         """
-        path = self.find(pointer)
-        if path is None:
-            raise CheckpointError(f"no '{pointer}' checkpoint in '{self.folder}'. Run `gigamil train` first.")
-        self._verify(path)
-        progress = json.loads((path / _PROGRESS).read_text())
-        state = TrainingState(
-            load_file(path / _PARAMETERS), load_file(path / _MOMENTS), tuple(progress["optimizer_steps"])
-        )
-        return state, progress
+        return self.read(self._found(pointer))
+
+    def read(self, generation: Path) -> tuple[TrainingState, dict[str, Any]]:
+        """State and facts of a generation, after comparing every file with its digest.
+
+        Raises:
+            CheckpointError: of another format, or damaged (names the file).
+        """
+        self._verify(generation)
+        facts = json.loads((generation / _PROGRESS).read_text())
+        steps = tuple(facts["optimizer_steps"])
+        return TrainingState(load_file(generation / _PARAMETERS), load_file(generation / _MOMENTS), steps), facts
 
     def load_parameters(self, pointer: str = "best") -> dict[str, Tensor]:
         """Parameters and buffers of a generation, verified."""
         return self.load(pointer)[0].parameters
+
+    def facts(self, pointer: str = "best") -> dict[str, Any]:
+        """What a generation records besides weights and moments, verified."""
+        return self.load(pointer)[1]
+
+    def _found(self, pointer: str) -> Path:
+        path = self.find(pointer)
+        if path is None:
+            raise CheckpointError(f"no '{pointer}' checkpoint in '{self.folder}'. Run `gigamil train` first.")
+        return path
 
     def _verify(self, path: Path) -> None:
         try:
@@ -139,7 +152,7 @@ class CheckpointStore:
         best = self.find("best")
         for path in self._generations()[: -self._keep]:
             if path != best:
-                shutil.rmtree(path)
+                shutil.rmtree(path, ignore_errors=True)  # a file held open on a network disk must not end the run
 
     def _generations(self) -> list[Path]:
         return sorted(self.folder.glob("[0-9]*-step-*"))

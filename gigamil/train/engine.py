@@ -4,6 +4,7 @@ An engine here is a model, one gradient reduction per step, an optimiser, and a 
 whatever its ZeRO stage and number of ranks. What is worked around, and why, stands beside each line (DeepSpeed 0.19).
 """
 
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -49,6 +50,8 @@ def start_distributed(topology: Topology, device: torch.device, timeout_s: float
     Raises:
         EnvironmentFault: the ranks did not meet.
     """
+    if device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"  # before the import: else DeepSpeed takes a GPU that it finds
     deepspeed = _import_deepspeed()
     export_topology(topology)
     if device.type == "cpu":
@@ -65,7 +68,7 @@ def start_distributed(topology: Topology, device: torch.device, timeout_s: float
             f"rank {topology.rank} of {topology.world_size} could not join the others at "
             f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: {error}. Is the port free, is every rank started?"
         ) from error
-    return make_ranks(topology)
+    return make_ranks(topology, timeout_s)
 
 
 def skip_kernel_build() -> None:
@@ -77,12 +80,13 @@ def skip_kernel_build() -> None:
     _import_deepspeed().ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def make_ranks(topology: Topology) -> Ranks:
+def make_ranks(topology: Topology, timeout_s: float | None = None) -> Ranks:
     """Process groups of an initialised world; every rank takes part in making every group."""
+    timeout = None if timeout_s is None else timedelta(seconds=timeout_s)
     world = dist.group.WORLD
     if topology.num_groups == 1:
         return Ranks(topology, world, world)
-    groups = [dist.new_group(topology.group_ranks(number)) for number in range(topology.num_groups)]
+    groups = [dist.new_group(topology.group_ranks(g), timeout=timeout) for g in range(topology.num_groups)]
     return Ranks(topology, world, groups[topology.group])  # type: ignore[arg-type]  # never a non-member of its own
 
 
@@ -111,10 +115,15 @@ def deepspeed_config(config: "RunConfig") -> dict[str, Any]:
         "wall_clock_breakdown": False,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": {"stage": config.execution.zero_stage, "overlap_comm": False},
+        "zero_optimization": {
+            "stage": config.execution.zero_stage,
+            "overlap_comm": False,
+            "reduce_bucket_size": 50_000_000,  # 200 MB; the default is a buffer of 2 GB beside the model
+        },
     }
     if config.science.precision == "bfloat16":
-        settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+        # The empty list keeps the gradients of every module in float32 when they are reduced.
+        settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
     return settings
 
 
@@ -126,14 +135,22 @@ class DeepSpeedEngine:
         optimizer: over its parameters; AdamW or SGD.
         settings: DeepSpeed JSON (`deepspeed_config`).
         device: where to train.
+        timeout_s: longest wait in a reduction; None leaves torch's.
     """
 
     dtype = torch.float32
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any], device: torch.device
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        settings: dict[str, Any],
+        device: torch.device,
+        *,
+        timeout_s: float | None = None,
     ) -> None:
         deepspeed = _import_deepspeed()
+        self._saved_buffers = model.state_dict().keys() & dict(model.named_buffers()).keys()
         self.device = device
         self._base_optimizer = optimizer
         self._moments = _MOMENTS[type(optimizer)]
@@ -142,6 +159,9 @@ class DeepSpeedEngine:
         self.stage = int(settings["zero_optimization"]["stage"])
         self.equal_calls = self.stage == 3  # parameters are gathered per module call
         self._initialise_moments()
+        if timeout_s is not None:
+            # DeepSpeed makes a group of its own for reductions, with torch's default timeout of up to half an hour.
+            _set_timeout(timeout_s, self._engine.seq_data_parallel_group)
 
     def encode(self, image_nCHW: Tensor, tile_key_n: Tensor | None) -> Tensor:
         """Tiles -> embeddings, with a graph if grad mode is on."""
@@ -166,21 +186,32 @@ class DeepSpeedEngine:
         engine = self._engine
         context = engine.no_sync() if self.stage == 0 else engine.coalesce_grad_reduction()
         context.__enter__()
-        yield
+        try:
+            yield
+        except BaseException:
+            # The context reduces in its `finally`, at the latest when it is collected: take that from it.
+            engine._flush_coalesced_reduction_zero12 = engine._flush_coalesced_reduction_zero3 = lambda _: None
+            raise
         context.__exit__(None, None, None)
         if self.stage == 0:
             engine.allreduce_gradients()
 
     def step(self, learning_rates: Sequence[float]) -> float:
-        """Clip, update with one learning rate per parameter group, clear gradients; returns the gradient's norm."""
+        """Clip, update with one learning rate per parameter group, clear gradients; returns the gradient's norm.
+
+        A norm that is not finite leaves weights and moments as they are.
+        """
         for group, rate in zip(self._engine.optimizer.param_groups, learning_rates, strict=True):
             group["lr"] = rate
         if self.stage == 0:  # without ZeRO, DeepSpeed clips but does not tell the norm
             gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
             norm = float(torch.nn.utils.get_total_norm(gradients))
-            self._engine.step()
+            if math.isfinite(norm):
+                self._engine.step()
+            else:
+                self._engine.zero_grad()
             return norm
-        self._engine.step()
+        self._engine.step()  # with a norm that is not finite, ZeRO leaves the weights and reports infinity
         return float(self._engine.get_global_grad_norm())
 
     def full_gradients(self) -> dict[str, Tensor]:
@@ -203,7 +234,8 @@ class DeepSpeedEngine:
                 states = {moment: safe_get_full_optimizer_state(parameter, moment) for moment in self._moments}
             parameters[name] = _to_cpu(full)
             moments.update({f"{name}/{moment}": _to_cpu(values) for moment, values in states.items()})
-        parameters.update({name: _to_cpu(buffer) for name, buffer in self.module.named_buffers()})
+        buffers = dict(self.module.named_buffers())
+        parameters.update({name: _to_cpu(buffers[name]) for name in sorted(self._saved_buffers)})
         return TrainingState(parameters, moments, self._optimizer_steps())
 
     def load_parameters(self, values: Mapping[str, Tensor]) -> None:
@@ -211,8 +243,9 @@ class DeepSpeedEngine:
         with torch.no_grad():
             for name, parameter in self.module.named_parameters():
                 self._set(parameter, values[name], None)
-            for name, buffer in self.module.named_buffers():
-                buffer.copy_(values[name].to(buffer))
+            buffers = dict(self.module.named_buffers())
+            for name in self._saved_buffers:
+                buffers[name].copy_(values[name].to(buffers[name]))
 
     def load_state(self, state: TrainingState) -> None:
         """Continue from a state that was saved at any ZeRO stage and number of ranks."""
@@ -300,6 +333,12 @@ class DeepSpeedEngine:
         for number, flat in enumerate(sharded.fp32_partitioned_groups_flat):
             flats[sharded.sub_group_to_group_id[number]].append(flat)
         return flats
+
+
+def _set_timeout(timeout_s: float, group: dist.ProcessGroup) -> None:
+    # Public from torch 2.15 on; before, only the private function of the same signature.
+    set_timeout = getattr(dist.distributed_c10d, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
+    set_timeout(timedelta(seconds=timeout_s), group)
 
 
 def _to_cpu(values: Tensor) -> Tensor:

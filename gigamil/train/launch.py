@@ -13,7 +13,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +24,18 @@ import torch
 from gigamil.config.schema import Execution
 from gigamil.errors import GigamilError, TrainingError
 
-_OUTCOME_FOLDER, _PARENT = "GIGAMIL_OUTCOME", "GIGAMIL_PARENT"
+_OUTCOME_FOLDER, _PARENT, _DEVICES = "GIGAMIL_OUTCOME", "GIGAMIL_PARENT", "GIGAMIL_CUDA_VISIBLE_DEVICES"
+_INTERRUPTED = 5
+_LAST_PATIENCE_S = 15.0  # for a rank that waits for one that has failed; DeepSpeed's launcher takes 30 s for each
+# What ranks say when another one has gone: a consequence, not a cause.
+_CONSEQUENCES = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "gloo",
+    "NCCL",
+    "DistBackendError",
+)
 
 
 @dataclass(frozen=True)
@@ -70,10 +81,16 @@ def launch_ranks(module: str, arguments: Sequence[str], execution: Execution, lo
         command += ["--hostfile", os.devnull, "--master_port", str(_free_port()), "--no_local_rank"]
         command += ["--module", module, *arguments]
         launcher = subprocess.Popen(command, env=_environment(execution, folder), start_new_session=True)
-        with _pass_signals_on(launcher, Path(folder)):
+        with _pass_signals_on(launcher, Path(folder)) as was_asked:
             code = launcher.wait()
         _end_group(launcher.pid)
-        _raise_first_error(Path(folder), execution.ranks, code, logs)
+        _raise_first_error(Path(folder), execution.ranks, code, logs, was_asked())
+
+
+def restore_devices() -> None:
+    """In a rank, before CUDA is used: see the GPUs that the user chose, which the DeepSpeed launcher replaces by 0..n-1."""
+    if _DEVICES in os.environ:
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ[_DEVICES]
 
 
 def has_parent() -> bool:
@@ -92,7 +109,7 @@ def report_outcome(rank: int) -> Iterator[None]:
         yield
         return
     (Path(folder) / f"{rank}.pid").write_text(str(os.getpid()))
-    _end_with_parent(int(os.environ[_PARENT]))
+    _end_with_others(int(os.environ[_PARENT]), Path(folder))
     outcome = Outcome(0, "", True, 0.0)
     try:
         yield
@@ -115,22 +132,24 @@ def _environment(execution: Execution, folder: str) -> dict[str, str]:
     env |= {_OUTCOME_FOLDER: folder, _PARENT: str(os.getpid()), "MLFLOW_DISABLE_TELEMETRY": "true"}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         env.pop(name, None)
+    if "CUDA_VISIBLE_DEVICES" in env:
+        env[_DEVICES] = env["CUDA_VISIBLE_DEVICES"]
     if execution.device == "cpu" or not torch.cuda.is_available():
         env["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed says in every process that it looked for a GPU
     return env
 
 
 @contextmanager
-def _pass_signals_on(launcher: "subprocess.Popen[bytes]", folder: Path) -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+def _pass_signals_on(launcher: "subprocess.Popen[bytes]", folder: Path) -> Iterator[Callable[[], bool]]:
     asked = 0
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
 
     def pass_on(number: int, _frame: object) -> None:
         nonlocal asked
         asked += 1
-        ranks = [int(path.read_text() or 0) for path in folder.glob("*.pid")]
+        ranks = [int(text) for text in (path.read_text() for path in folder.glob("*.pid")) if text]
         if asked > 1 or not ranks:
             _end_group(launcher.pid)
             return
@@ -139,28 +158,26 @@ def _pass_signals_on(launcher: "subprocess.Popen[bytes]", folder: Path) -> Itera
             with _gone_is_fine():
                 os.kill(pid, signal.SIGTERM)
 
-    old = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    old = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     try:
-        yield
+        yield lambda: asked > 0
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
 
 
-def _raise_first_error(folder: Path, num_ranks: int, launcher_code: int, logs: Path) -> None:
-    outcomes = {}
-    for rank in range(num_ranks):
-        path = folder / f"{rank}.json"
-        if path.is_file():
-            outcomes[rank] = Outcome(**json.loads(path.read_text()))
+def _raise_first_error(folder: Path, num_ranks: int, launcher_code: int, logs: Path, was_asked: bool) -> None:
+    outcomes = _outcomes(folder)
     silent = [rank for rank in range(num_ranks) if rank not in outcomes]
     failed = {rank: outcome for rank, outcome in outcomes.items() if outcome.exit_code}
     known = {rank: outcome for rank, outcome in failed.items() if outcome.expected}
-    # An error of gigamil's own is a cause; a broken connection is the consequence of a rank that ended.
-    if known or (failed and not silent):
-        rank, outcome = min((known or failed).items(), key=lambda item: item[1].time)
+    causes = {rank: outcome for rank, outcome in failed.items() if not any(w in outcome.message for w in _CONSEQUENCES)}
+    if known or causes or (failed and not silent):
+        rank, outcome = min((known or causes or failed).items(), key=lambda item: item[1].time)
         hint = "" if outcome.expected else f" (rank {rank}; traceback in '{logs / f'rank{rank}.log'}')"
         raise RanksFailed(outcome.message + hint, outcome.exit_code)
+    if silent and was_asked:
+        raise RanksFailed("interrupted; the same command continues from the last checkpoint", _INTERRUPTED)
     if silent:
         raise RanksFailed(
             f"rank {silent[0]} of {num_ranks} ended without a word (launcher's exit code {launcher_code}): killed, or out "
@@ -169,21 +186,35 @@ def _raise_first_error(folder: Path, num_ranks: int, launcher_code: int, logs: P
         )
 
 
-def _end_with_parent(parent: int) -> None:
-    """End this process when `parent` is gone, so that a killed command leaves no ranks behind."""
+def _outcomes(folder: Path) -> dict[int, Outcome]:
+    return {int(path.stem): Outcome(**json.loads(path.read_text())) for path in folder.glob("*.json")}
+
+
+def _end_with_others(parent: int, folder: Path) -> None:
+    """End this process when `parent` is gone, or soon after another rank has failed.
+
+    So a killed command leaves no ranks behind, and a rank that waits in a collective for one that has failed does not
+    wait for the collective's time to run out.
+    """
     started = psutil.Process(parent).create_time() if psutil.pid_exists(parent) else None
 
-    def watch() -> None:
-        while True:
-            time.sleep(0.5)
-            try:
-                if started is not None and psutil.Process(parent).create_time() == started:
-                    continue
-            except psutil.NoSuchProcess:
-                pass
-            os._exit(TrainingError.exit_code)
+    def parent_lives() -> bool:
+        try:
+            return started is not None and psutil.Process(parent).create_time() == started
+        except psutil.NoSuchProcess:
+            return False
 
-    threading.Thread(target=watch, name="gigamil-parent", daemon=True).start()
+    def watch() -> None:
+        failed_since = None
+        while parent_lives():
+            time.sleep(0.5)
+            if failed_since is None and any(o.exit_code not in (0, _INTERRUPTED) for o in _outcomes(folder).values()):
+                failed_since = time.monotonic()
+            if failed_since is not None and time.monotonic() - failed_since > _LAST_PATIENCE_S:
+                break
+        os._exit(TrainingError.exit_code)
+
+    threading.Thread(target=watch, name="gigamil-others", daemon=True).start()
 
 
 def _end_group(leader: int) -> None:

@@ -1,43 +1,40 @@
 """The training loop: epochs of exact steps, validation, checkpoints; every decision is taken by all ranks together."""
 
-import hashlib
-import json
-import logging
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from gigamil.config.load import science_digest_data, to_yaml
 from gigamil.config.schema import RunConfig
 from gigamil.data.augment import augment_tiles
 from gigamil.data.pipeline import DrawKeys, StepLoader, StepTiles
-from gigamil.errors import CheckpointError, ConfigError, Interrupted, TrainingError
+from gigamil.errors import ConfigError, Interrupted, TrainingError
 from gigamil.keyed import text_key
 from gigamil.memory.budget import chunks_to_keep, memory_budget
 from gigamil.metrics import auc
 from gigamil.models.encoder import refuse_train_batchnorm
-from gigamil.models.slide_model import build_model
+from gigamil.models.slide_model import SlideModel, build_model
 from gigamil.partition.schedule import StepPlan, epoch_order, plan_steps
-from gigamil.train.agree import StopSignals, agree
-from gigamil.train.checkpoint import CheckpointStore, replace_file
-from gigamil.train.cohort import SlideSet, TrainingData, load_training_data
-from gigamil.train.engine import DeepSpeedEngine, deepspeed_config, make_optimizer
+from gigamil.train.agree import StopSignals, agree, all_or_none, first_rank_says
+from gigamil.train.checkpoint import CheckpointStore
+from gigamil.train.cohort import SlideSet, load_training_data
+from gigamil.train.engine import DeepSpeedEngine, TrainingState, deepspeed_config, make_optimizer
+from gigamil.train.identity import refuse_other_run, run_identity
 from gigamil.train.loss import class_weights, losses
 from gigamil.train.memory import peak_memory_bytes
-from gigamil.train.records import MetricsLog, RunRecord, git_commit, versions
+from gigamil.train.recorder import Recorder
+from gigamil.train.records import git_commit, versions
 from gigamil.train.schedule import learning_rates
 from gigamil.train.step import ExactStep, Ranks, StepResult, measure_chunk_bytes
-from gigamil.train.tracking import Tracker
 
-_log = logging.getLogger(__name__)
 _MAX_SKIPPED_IN_A_ROW = 3
 
 
@@ -78,62 +75,113 @@ class Trainer:
         config: resolved configuration; equal on all ranks.
         ranks: process groups (`gigamil.train.engine.start_distributed`).
         device: of this rank.
+        stop: signals that were caught since the process started; None catches them during `fit`.
     Raises:
-        ConfigError, CohortError, ShardError: before anything is trained.
+        ConfigError, CohortError, ShardError, CheckpointError: before anything is trained, on all ranks.
     """
 
-    def __init__(self, config: RunConfig, ranks: Ranks, device: torch.device) -> None:
+    def __init__(self, config: RunConfig, ranks: Ranks, device: torch.device, stop: StopSignals | None = None) -> None:
         self.config = config
         self.out = config.bookkeeping.out
-        self.data: TrainingData = load_training_data(config)
+        self.progress = Progress()
         self._ranks = ranks
         self._device = device
-        self._is_first = ranks.topology.rank == 0
-        self._train, self._val = self.data.slides("train"), self.data.slides("val")
-        science = config.science
-        loss = losses[science.loss]
-        num_classes = len(self.data.splits.classes)
-        self._class_weight_K = class_weights(science.class_weights, self._train.label_S.tolist(), num_classes)
-        model = build_model(science, num_classes)
-        model.train()
-        refuse_train_batchnorm(model)
-        settings = deepspeed_config(config)
-        self.engine = DeepSpeedEngine(model, make_optimizer(model, config), settings, device)
+        self._stop = stop
+        self._signals = StopSignals() if stop is None else stop
         self._store = CheckpointStore(self.out / "checkpoints", config.bookkeeping.keep_checkpoints)
-        self.progress = self._resume()
-        self._step = ExactStep(
-            self.engine,
-            ranks,
-            loss,
-            chunk=config.execution.chunk,
-            num_keep=self._choose_num_keep(),
-            keys=DrawKeys(science.seed, self._train.slide_ids),
-            augment=partial(augment_tiles, settings=science.augment),
+        self._recorder: Recorder | None = None
+        generation = first_rank_says(ranks, self._store.find())  # a shared folder may look older to some ranks
+        with all_or_none(ranks, device):
+            model, state = self._load(generation)
+        settings = deepspeed_config(config)
+        self.engine = DeepSpeedEngine(
+            model, make_optimizer(model, config), settings, device, timeout_s=config.execution.timeout_s
         )
-        self.progress = replace(self.progress, num_keep=self._step.num_keep, memory_settings=self._memory_settings())
-        self._evaluator = ExactStep(  # the same step; its keys are never drawn from
-            self.engine, ranks, loss, chunk=config.execution.chunk, num_keep=0, keys=DrawKeys(0, self._val.slide_ids)
-        )
-        self._steps_per_epoch = -(-len(self._train) // science.slides_per_step)
-        self._num_steps = self._steps_per_epoch * science.epochs
+        if state is not None:
+            self.engine.load_state(state)
+        self._steps_per_epoch = -(-len(self._train) // config.science.slides_per_step)
+        self._num_steps = self._steps_per_epoch * config.science.epochs
+        num_keep = self._choose_num_keep()
+        self.progress = replace(self.progress, num_keep=num_keep, memory_settings=self._memory_settings())
+        self._step = self._make_step(self._train, num_keep)
+        self._evaluator = self._make_step(self._val, 0)
         self._last_save = time.monotonic()
         self._last_wait = 0.0
-        self._stop = StopSignals()
-        if self._is_first:
-            self._open_records(settings)
+        with all_or_none(ranks, device):
+            if ranks.topology.rank == 0:
+                self._open_records(settings)
 
     def fit(self) -> Progress:
         """Train to the end, or from where the last checkpoint stands.
 
         Raises:
             Interrupted: a signal asked to stop; a checkpoint was committed.
-            TrainingError: three steps in a row had a loss that is not finite, or a rank met an error.
+            TrainingError: three steps in a row had a loss or a gradient that is not finite, or a rank met an error.
         """
-        with self._stop, self._recorded():
-            while self.progress.epoch < self.config.science.epochs and not self._is_early_stop():
-                self._train_epoch()
-                self._finish_epoch()
+        final: dict[str, Any] = {}
+        with ExitStack() as stack:
+            if self._stop is None:
+                stack.enter_context(self._signals)
+            if self._recorder is not None:
+                stack.enter_context(self._recorder.ended(final, self._store.folder))
+            with self._noted(final):
+                while self.progress.epoch < self.config.science.epochs and not self._is_early_stop():
+                    self._train_epoch()
+                    self._finish_epoch()
         return self.progress
+
+    def _load(self, generation: Path | None) -> tuple[SlideModel, TrainingState | None]:
+        """Everything that a rank reads by itself: data, model, checkpoint. No collective in here."""
+        self.data = load_training_data(self.config)
+        self._train, self._val = self.data.slides("train"), self.data.slides("val")
+        self._identity = run_identity(self.config, self.data)
+        science = self.config.science
+        self._loss = losses[science.loss]
+        num_classes = len(self.data.splits.classes)
+        self._class_weight_K = class_weights(science.class_weights, self._train.label_S.tolist(), num_classes)
+        model = build_model(science, num_classes)
+        model.train()
+        refuse_train_batchnorm(model)
+        if generation is None:
+            self._warm_start(model)
+            return model, None
+        state, facts = self._store.read(generation)
+        refuse_other_run(self._identity, facts, self.out)
+        self.progress = Progress(**{name: facts[name] for name in Progress.__dataclass_fields__})
+        is_best_epoch_end = self.progress.epoch > 0 and not (
+            self.progress.step_in_epoch or self.progress.epochs_without_better
+        )
+        if is_best_epoch_end and self._ranks.topology.rank == 0:
+            self._store.mark_best(generation)  # a kill between the two pointers of a commit would lose it
+        return model, state
+
+    def _warm_start(self, model: SlideModel) -> None:
+        folder = self.config.science.warm_start
+        if folder is None:
+            return
+        found, wanted = CheckpointStore(folder / "checkpoints").load_parameters("best"), model.state_dict()
+        odd = [
+            k
+            for k in found.keys() | wanted.keys()
+            if k not in found or k not in wanted or found[k].shape != wanted[k].shape
+        ]
+        if odd:
+            raise ConfigError(
+                f"science.warm_start: the model in '{folder}' is another one (for example {sorted(odd)[:3]})"
+            )
+        model.load_state_dict(found)
+
+    def _make_step(self, slides: SlideSet, num_keep: int) -> ExactStep:
+        science = self.config.science
+        return ExactStep(
+            self.engine,
+            self._ranks,
+            self._loss,
+            chunk=self.config.execution.chunk,
+            num_keep=num_keep,
+            keys=DrawKeys(science.seed, slides.slide_ids),
+            augment=partial(augment_tiles, settings=science.augment),
+        )
 
     def _train_epoch(self) -> None:
         epoch = self.progress.epoch
@@ -190,28 +238,34 @@ class Trainer:
             self.progress = replace(best, epochs_without_better=0)
         else:
             self.progress = replace(self.progress, epochs_without_better=self.progress.epochs_without_better + 1)
-        if self._is_first:
+        if self._recorder is not None:
             values = {"val_auc": score, "val_loss": loss}
-            self._metrics.write("epoch", epoch=done + 1, step=self.progress.step, better=better, **values)
-            known = {f"val/{name[4:]}": value for name, value in values.items() if value is not None}
-            self._log_mlflow(known)
-            if self.config.bookkeeping.progress:
-                words = ", ".join(f"{name} {value:.4f}" for name, value in known.items()) or "no validation slides"
-                tqdm.write(f"epoch {done + 1}: {words}{' (best so far)' if better else ''}")
+            self._recorder.epoch(self.progress.step, done + 1, better, values)
         self._save(best=better)
 
     def _validate(self) -> tuple[float | None, float | None]:
-        """AUC and mean loss over the validation slides; None without any."""
+        """AUC and mean loss over the validation slides, equal on all ranks; None without any.
+
+        Raises:
+            TrainingError: a logit is not finite.
+        """
         if not len(self._val):
             return None, None
         logits = []
         loader = self._loader(self._val)
+        self.engine.module.eval()
         for plan, tiles in loader.iterate(self._plans(self._val, range(len(self._val)))):
-            self._agree(tiles if isinstance(tiles, Exception) else None, may_stop=False)
+            self._agree(tiles if isinstance(tiles, Exception) else None)
             logits.append(self._evaluator.evaluate(plan, tiles)[0])  # type: ignore[arg-type]
+        self.engine.module.train()
         logits_SK = torch.cat(logits).cpu()
+        if not torch.isfinite(logits_SK).all():
+            bad = [self._val.slide_ids[i] for i in torch.nonzero(~torch.isfinite(logits_SK).all(1)).flatten()]
+            raise TrainingError(f"the prediction of validation slides {bad[:5]} is not finite")
         loss = torch.nn.functional.cross_entropy(logits_SK, self._val.label_S)
-        return auc(self._val.label_S.numpy(), logits_SK.softmax(1).numpy()), float(loss)
+        score = auc(self._val.label_S.numpy(), logits_SK.softmax(1).numpy())
+        # Ranks on unlike processors could differ in the last bit, and then on early stopping.
+        return first_rank_says(self._ranks, (score, float(loss)))
 
     def _is_better(self, score: float | None, loss: float | None) -> bool:
         before, before_loss = self.progress.best_auc, self.progress.best_loss
@@ -221,11 +275,12 @@ class Trainer:
             return loss < before_loss
         return score > before
 
-    def _agree(self, error: Exception | None, may_stop: bool = True) -> None:
+    def _agree(self, error: Exception | None) -> None:
         minutes = (time.monotonic() - self._last_save) / 60
-        due = self._is_first and may_stop and minutes >= self.config.bookkeeping.checkpoint_minutes
-        stop = self._stop.asked and may_stop
-        decision = agree(self._ranks, self._device, error=error, stop=stop, save=due)
+        due = self._recorder is not None and minutes >= self.config.bookkeeping.checkpoint_minutes
+        if self._recorder is not None:
+            error = error or self._recorder.error
+        decision = agree(self._ranks, self._device, error=error, stop=self._signals.asked, save=due)
         if decision.stop or decision.save:
             self._save(best=False)
         if decision.stop:
@@ -236,48 +291,12 @@ class Trainer:
 
     def _save(self, best: bool) -> None:
         state = self.engine.state()  # all ranks take part
-        error: Exception | None = None
-        if self._is_first:
-            try:
-                progress = replace(self.progress, metrics_bytes=self._metrics.sync())
-                facts = asdict(progress) | {"science": science_digest_data(self.config), "versions": versions()}
-                facts |= {"splits_sha256": self._splits_sha256()}
+        with all_or_none(self._ranks, self._device):  # also: nobody runs ahead of a commit
+            if self._recorder is not None:
+                progress = replace(self.progress, metrics_bytes=self._recorder.sync())
+                facts = asdict(progress) | self._identity | {"versions": versions()}
                 self._store.commit(state, facts, step=progress.step, best=best)
-            except CheckpointError as raised:
-                error = raised
-        agree(self._ranks, self._device, error=error, stop=False, save=False)  # also: nobody runs ahead of a commit
         self._last_save = time.monotonic()
-
-    def _resume(self) -> Progress:
-        if self._store.find() is None:
-            self._warm_start()
-            return Progress()
-        state, facts = self._store.load()
-        wanted = json.loads(json.dumps(science_digest_data(self.config)))
-        if facts["science"] != wanted:
-            different = sorted(_differences(facts["science"], wanted))
-            raise ConfigError(
-                f"'{self.out}' holds a run with another configuration (different: {', '.join(different)}). Choose "
-                "another bookkeeping.out, or delete that folder to start again."
-            )
-        if facts["splits_sha256"] != self._splits_sha256():
-            raise ConfigError(f"'{self.out}' was trained on another split; choose another bookkeeping.out")
-        self.engine.load_state(state)
-        return Progress(**{name: facts[name] for name in Progress.__dataclass_fields__})
-
-    def _splits_sha256(self) -> str:
-        return hashlib.sha256(self.data.splits.to_json().encode()).hexdigest()
-
-    def _warm_start(self) -> None:
-        folder = self.config.science.warm_start
-        if folder is None:
-            return
-        values = CheckpointStore(folder / "checkpoints").load_parameters("best")
-        wanted = {*dict(self.engine.module.named_parameters()), *dict(self.engine.module.named_buffers())}
-        if wanted != values.keys():
-            odd = sorted(wanted ^ values.keys())[:3]
-            raise ConfigError(f"science.warm_start: the model in '{folder}' is another one (for example {odd})")
-        self.engine.load_parameters(values)
 
     def _choose_num_keep(self) -> int:
         """Chunks whose graphs are kept: measured once, agreed by all ranks, and kept for the life of the run."""
@@ -295,7 +314,7 @@ class Trainer:
         execution = self.config.execution
         return f"{execution.memory} {execution.memory_budget} {execution.chunk} {self._ranks.topology.world_size}"
 
-    def _plans(self, slides: SlideSet, order: Any) -> list[StepPlan]:
+    def _plans(self, slides: SlideSet, order: Sequence[int] | np.ndarray) -> list[StepPlan]:
         topology = self._ranks.topology
         per_step = self.config.science.slides_per_step
         return plan_steps(order, slides.sizes, per_step, topology.num_groups, topology.group_size)
@@ -313,26 +332,20 @@ class Trainer:
         if not result.skipped:
             return
         names = [self._train.slide_ids[plan.slides[position]] for position in result.skipped]
-        if self._is_first:
-            self._metrics.write("skipped", step=self.progress.step, slides=names)
-            _log.warning("step %d skipped on all ranks: the loss of %s is not finite", self.progress.step, names)
+        if self._recorder is not None:
+            self._recorder.skipped(self.progress.step, names)
         if self.progress.skipped_in_a_row >= _MAX_SKIPPED_IN_A_ROW:
             raise TrainingError(
-                f"the loss was not finite in {_MAX_SKIPPED_IN_A_ROW} steps in a row, last for slides {names}. Weights are "
-                "those before these steps. Lower science.optim.lr_*, or look at these slides with `gigamil inspect`."
+                f"loss or gradient not finite in {_MAX_SKIPPED_IN_A_ROW} steps in a row, last for slides {names}. Weights "
+                "are those before these steps. Lower science.optim.lr_*, or look at these slides with `gigamil inspect`."
             )
 
     def _open_records(self, settings: dict[str, Any]) -> None:
-        book = self.config.bookkeeping
-        replace_file(self.out / "config.resolved.yaml", to_yaml(self.config))
-        replace_file(self.out / "ds_config.resolved.json", json.dumps(settings, indent=1))
-        self._metrics = MetricsLog(self.out / "metrics.jsonl", self.progress.metrics_bytes)
-        self._record = RunRecord(self.out / "run.json")
-        self._tracker: Tracker | None = None
+        topology = self._ranks.topology
         facts: dict[str, Any] = {
-            "name": book.name,
-            "world_size": self._ranks.topology.world_size,
-            "group_size": self._ranks.topology.group_size,
+            "name": self.config.bookkeeping.name,
+            "world_size": topology.world_size,
+            "group_size": topology.group_size,
             "zero_stage": self.config.execution.zero_stage,
             "device": str(self._device),
             "kept_chunks": self.progress.num_keep,
@@ -342,50 +355,26 @@ class Trainer:
             "git_commit": git_commit(Path.cwd()),
             "versions": versions(),
         }
-        if book.mlflow:
-            self._tracker = Tracker(self.out, book.experiment, book.name, self.progress.mlflow_run)
-            self.progress = replace(self.progress, mlflow_run=self._tracker.run_id)
-            facts["mlflow_run"] = self._tracker.run_id
-            # What may change when a run continues on other machines is a tag; a parameter is for ever.
-            params = _flat(
-                {"science": self.config.science.model_dump(mode="json"), "slides": self.config.slides.model_dump()}
-            )
-            self._tracker.describe(params, _flat(facts))
-            for name in ("config.resolved.yaml", "ds_config.resolved.json", "splits.json"):
-                self._tracker.artefact(self.out / name)
-        self._record.update(status="running", error=None, **facts)
+        before = self.progress
+        self._recorder = Recorder(
+            self.config, settings, facts, metrics_bytes=before.metrics_bytes, mlflow_run=before.mlflow_run
+        )
+        self.progress = replace(before, mlflow_run=self._recorder.mlflow_run or before.mlflow_run)
 
     @contextmanager
-    def _recorded(self) -> Iterator[None]:
-        """run.json and MLflow say how the run ended, however it ends."""
-        status, error = "failed", "ended without a word"
+    def _noted(self, final: dict[str, Any]) -> Iterator[None]:
+        """Leave in `final` what run.json says of the end."""
         try:
             yield
-            status, error = "finished", ""
-        except Interrupted as raised:
-            status, error = "interrupted", str(raised)
-            raise
-        except BaseException as raised:
-            error = f"{type(raised).__name__}: {raised}"
-            raise
         finally:
-            if self._is_first:
-                self._metrics.close()
-                best = {"best_epoch": self.progress.best_epoch, "best_val_auc": self.progress.best_auc}
-                self._record.update(status=status, error=error or None, steps=self.progress.step, **best)
-                if self._tracker is not None:
-                    self._tracker.artefact(self.out / "metrics.jsonl")
-                    latest = self._store.find("best")
-                    if status == "finished" and latest is not None:
-                        self._tracker.artefact(latest, "checkpoint")
-                    self._tracker.finish({"finished": "FINISHED", "interrupted": "KILLED"}.get(status, "FAILED"))
+            final["steps"] = self.progress.step
+            final |= {"best_epoch": self.progress.best_epoch, "best_val_auc": self.progress.best_auc}
 
     def _report_step(
         self, plan: StepPlan, result: StepResult, rates: list[float], seconds: float, loader: StepLoader
     ) -> None:
         wait, self._last_wait = loader.wait_s - self._last_wait, loader.wait_s
-        peak = peak_memory_bytes(self._device)
-        if not self._is_first or self.progress.step % self.config.bookkeeping.log_every:
+        if self._recorder is None or self.progress.step % self.config.bookkeeping.log_every:
             return
         values = {
             "loss": result.loss,
@@ -395,35 +384,11 @@ class Trainer:
             "slides_per_s": len(plan.slides) / seconds,
             "tiles_per_s": sum(plan.sizes) / seconds,
             "data_wait_frac": min(1.0, wait / seconds),
-            "peak_memory_gb": peak / 1e9,
+            "peak_memory_gb": peak_memory_bytes(self._device) / 1e9,
         }
-        self._metrics.write("step", step=self.progress.step, epoch=self.progress.epoch + 1, **values)
-        perf = {"slides_per_s", "tiles_per_s", "data_wait_frac", "peak_memory_gb"}
-        self._log_mlflow({("perf/" if k in perf else "train/") + k: v for k, v in values.items()})
-
-    def _log_mlflow(self, values: dict[str, float]) -> None:
-        if self._tracker is not None and values:
-            self._tracker.log(values, self.progress.step)
+        self._recorder.step(self.progress.step, self.progress.epoch + 1, values)
 
     def _bar(self, title: str, total: int) -> "tqdm[Any]":
         # disable=None: no bar where the output is not a terminal, so that logs of schedulers stay readable.
-        hidden = True if not self._is_first or not self.config.bookkeeping.progress else None
+        hidden = None if self._recorder is not None and self.config.bookkeeping.progress else True
         return tqdm(total=total, desc=title, unit="step", disable=hidden, leave=False)
-
-
-def _differences(a: Any, b: Any, prefix: str = "") -> Iterator[str]:
-    if isinstance(a, dict) and isinstance(b, dict):
-        for key in a.keys() | b.keys():
-            yield from _differences(a.get(key), b.get(key), f"{prefix}{key}.")
-    elif a != b:
-        yield prefix.rstrip(".")
-
-
-def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in data.items():
-        if isinstance(value, dict) and value:
-            found |= _flat(value, f"{prefix}{key}.")
-        else:
-            found[prefix + key] = value
-    return found

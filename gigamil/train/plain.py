@@ -3,6 +3,7 @@
 The same step runs over either, so a difference between them is DeepSpeed's doing.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
@@ -39,7 +40,10 @@ class Engine(Protocol):
         ...
 
     def step(self, learning_rates: Sequence[float]) -> float:
-        """Clip, update with one learning rate per parameter group, clear gradients; returns the gradient's norm."""
+        """Clip, update with one learning rate per parameter group, clear gradients; returns the gradient's norm.
+
+        A norm that is not finite leaves weights and moments as they are.
+        """
         ...
 
 
@@ -102,7 +106,8 @@ class PlainEngine:
         for group, rate in zip(self.optimizer.param_groups, learning_rates, strict=True):
             group["lr"] = rate
         limit = float("inf") if self._clip_norm is None else self._clip_norm
-        norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), limit)
-        self.optimizer.step()
+        norm = float(torch.nn.utils.clip_grad_norm_(self.module.parameters(), limit))
+        if math.isfinite(norm):
+            self.optimizer.step()
         self.optimizer.zero_grad()
-        return float(norm)
+        return norm

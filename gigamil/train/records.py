@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import subprocess
@@ -30,8 +31,9 @@ class MetricsLog:
         self._stream = path.open("a", encoding="utf-8")
 
     def write(self, kind: str, **values: Any) -> None:
-        """Add a line `{"kind": ..., ...}`; it is in the file when this returns."""
-        self._stream.write(json.dumps({"kind": kind, **values}) + "\n")
+        """Add a line `{"kind": ..., ...}`; it is in the file when this returns. Numbers that are not finite are null."""
+        known = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        self._stream.write(json.dumps({"kind": kind, **known}) + "\n")
         self._stream.flush()
 
     def sync(self) -> int:

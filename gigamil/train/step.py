@@ -3,6 +3,7 @@
 Shapes: n tiles on this rank, S slides of the step, B slides of this rank's group, D embedding, K classes.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -75,8 +76,9 @@ class StepResult:
     Attributes:
         loss: weighted mean over the step's slides.
         slide_loss_S: per slide, float64, in the plan's order.
-        skipped: positions of slides whose loss is not finite; if any, no rank changed its weights.
-        grad_norm: of the whole gradient, before clipping; 0 if skipped.
+        skipped: positions of slides whose loss is not finite, or all of them if the gradient is not; if any, no rank
+            changed its weights.
+        grad_norm: of the whole gradient, before clipping; 0 if a loss was not finite.
     """
 
     loss: float
@@ -158,7 +160,9 @@ class ExactStep:
             if train_encoder:
                 self._backward_encoder(tiles, slide_key_S[mine], forward)
         norm = self.engine.step(learning_rates)
-        return StepResult(mean_loss, slide_loss_S, (), norm)
+        # The gradient is the world's, so all ranks see the same norm; no slide alone is to blame.
+        skipped = () if math.isfinite(norm) else tuple(range(len(plan.slides)))
+        return StepResult(mean_loss, slide_loss_S, skipped, norm)
 
     @torch.no_grad()
     def evaluate(self, plan: StepPlan, tiles: StepTiles) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,6 @@
 """One rank of a training run, under any launcher: `python -m gigamil.train.worker CONFIG.yaml [--section.key VALUE]`."""
 
 import argparse
-import importlib
 import logging
 import os
 import sys
@@ -18,11 +17,14 @@ from gigamil.config.schema import RunConfig
 from gigamil.errors import EnvironmentFault, GigamilError, Interrupted, TrainingError
 from gigamil.lock import folder_lock
 from gigamil.parallel.topology import Topology, detect_topology
+from gigamil.registry import import_plugins
+from gigamil.train.agree import StopSignals
 from gigamil.train.engine import start_distributed
-from gigamil.train.launch import has_parent, report_outcome
+from gigamil.train.launch import has_parent, report_outcome, restore_devices
 from gigamil.train.loop import Trainer
 
 _log = logging.getLogger("gigamil")
+_TERMINAL = os.dup(2)  # ranks other than 0 write to files later
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,10 +34,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--plugin", action="append", default=[], help="module that registers your encoders, ...")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # added by the deepspeed launcher; RANK is used
     arguments, overrides = parser.parse_known_args(argv)
+    restore_devices()
     try:
         topology = detect_topology()
-        with report_outcome(topology.rank):
-            run_rank(load_config(arguments.config, overrides), arguments.plugin)
+        # Signals are noted from the start on: one that comes while libraries load stops the run at its first step.
+        with report_outcome(topology.rank), StopSignals() as stop:
+            run_rank(load_config(arguments.config, overrides), arguments.plugin, stop)
     except Interrupted as error:
         _tell(error)
         # All ranks agreed to stop; the DeepSpeed launcher would report a code other than 0 as a crash.
@@ -50,24 +54,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def run_rank(config: RunConfig, plugins: Sequence[str] = ()) -> None:
+def run_rank(config: RunConfig, plugins: Sequence[str] = (), stop: StopSignals | None = None) -> None:
     """Join the other ranks, train, leave.
 
     Args:
         config: resolved configuration.
         plugins: modules that register encoders, aggregators or losses.
+        stop: signals noted so far.
     """
     topology = detect_topology(config.execution.group_size)
-    device = choose_device(config.execution.device, topology)
-    torch.set_num_threads(config.execution.threads or int(os.environ.get("OMP_NUM_THREADS", "1")))
     with ExitStack() as stack:
         if topology.rank == 0:
             _patient_lock(stack, config.bookkeeping.out)
         stack.enter_context(_own_log(config.bookkeeping.out / "logs", topology))
-        for plugin in plugins:
-            importlib.import_module(plugin)
+        device = choose_device(config.execution.device, topology)
+        torch.set_num_threads(config.execution.threads or int(os.environ.get("OMP_NUM_THREADS", "1")))
+        import_plugins(plugins)
         ranks = start_distributed(topology, device, config.execution.timeout_s)
-        Trainer(config, ranks, device).fit()
+        Trainer(config, ranks, device, stop).fit()
         dist.barrier()  # nobody leaves while another still needs it
         dist.destroy_process_group()
 
@@ -94,9 +98,14 @@ def choose_device(wanted: str, topology: Topology) -> torch.device:
 
 
 def _tell(error: GigamilError) -> None:
-    """Print a message once: by the command that started the ranks, or by the first rank of another launcher."""
-    if not has_parent() and os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
-        print(f"gigamil: {error}", file=sys.stderr, flush=True)
+    """Print a message once: by the command that started the ranks, or by the first rank of another launcher.
+
+    What a rank met before it agreed with the others, only it can tell.
+    """
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    agreed = isinstance(error, Interrupted | TrainingError)
+    if not has_parent() and (rank == "0" or not agreed):
+        os.write(_TERMINAL, f"gigamil: rank {rank}: {error}\n".encode())
 
 
 def _patient_lock(stack: ExitStack, out: Path) -> None:
@@ -121,18 +130,26 @@ def _own_log(folder: Path, topology: Topology) -> Iterator[None]:
         with path.open("a") as stream:
             os.dup2(stream.fileno(), 1)
             os.dup2(stream.fileno(), 2)
-    handler = logging.FileHandler(path)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    _log.addHandler(handler)
+    file = logging.FileHandler(path)
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    _log.addHandler(file)
+    terminal = logging.StreamHandler()  # of rank 0; the others' is in their file already
+    terminal.addFilter(lambda record: topology.rank == 0 and record.exc_info is None)
+    _log.addHandler(terminal)
     try:
         yield
-    except Exception as error:
-        if not isinstance(error, GigamilError):
-            _log.exception("rank %d", topology.rank)
+    except Interrupted:
+        raise
+    except GigamilError as error:
+        file.handle(_log.makeRecord(_log.name, logging.ERROR, path.name, 0, str(error), (), None))
+        raise
+    except Exception:
+        _log.exception("rank %d", topology.rank)
         raise
     finally:
-        _log.removeHandler(handler)
-        handler.close()
+        for handler in (file, terminal):
+            _log.removeHandler(handler)
+            handler.close()
 
 
 if __name__ == "__main__":

@@ -6,7 +6,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -149,7 +151,7 @@ def test_killed_in_the_middle_then_run_again(tmp_path: Path) -> None:
     report = tile_cohort(cfg, progress=False)
     assert [row.status for row in report.rows] == ["cached" if f"s{n}" in done else "ok" for n in range(6)]
     assert report.exit_code == 0
-    assert not any((root / name).exists() and any((root / name).iterdir()) for name in ("staging", "removed"))
+    assert sorted(path.name for path in root.iterdir()) == ["slides", "status.csv"]
     elsewhere = cfg.model_copy(update={"bookkeeping": Bookkeeping(out=tmp_path / "uninterrupted")})
     tile_cohort(elsewhere, progress=False)
     assert contents(root) == contents(elsewhere.bookkeeping.shard_root)
@@ -158,7 +160,81 @@ def test_killed_in_the_middle_then_run_again(tmp_path: Path) -> None:
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without child processes: what they add has its own tests."""
-    monkeypatch.setattr("gigamil.data.tile.run_isolated", lambda function, jobs, num: enumerate(map(function, jobs)))
+
+    def run_here(function: Callable[[object], object], jobs: Sequence[object], num_workers: int) -> Iterator[object]:
+        yield from enumerate(map(function, jobs))
+
+    monkeypatch.setattr("gigamil.data.tile.run_isolated", run_here)
+
+
+@pytest.mark.parametrize("moment", ["children start", "children import", "slides are done"])
+def test_ctrl_c_says_one_line_and_leaves_nothing_half_done(
+    tmp_path: Path, gigamil: Callable[..., Any], moment: str
+) -> None:
+    """SIGINT to the whole process group, as a terminal sends it."""
+    from gigamil.config.load import to_yaml
+
+    cfg = cohort(tmp_path, {f"s{n}": (draw(tmp_path / f"s{n}.tiff", size=1024), "") for n in range(6)})
+    root = cfg.bookkeeping.shard_root
+    (tmp_path / "run.yaml").write_text(to_yaml(cfg))
+
+    def num_children() -> int:
+        return len([child for child in psutil.Process(command.process.pid).children() if is_worker(child)])
+
+    command = gigamil("tile", "run.yaml")
+    if moment == "slides are done":
+        command.wait_for(lambda: any(root.glob("slides/*")), "a finished slide")
+    else:
+        command.wait_for(lambda: num_children() >= (1 if moment == "children start" else 2), "children")
+    os.killpg(command.process.pid, signal.SIGINT)
+    assert command.wait() == 5, command.output()
+    lines = command.output().splitlines()
+    assert lines[-1] == "gigamil: interrupted; the same command continues"
+    assert [line for line in lines[:-1] if not line.startswith("[")] == []  # nothing else but finished slides
+    assert {path.name for path in root.iterdir()} <= {"slides"}
+    assert len(list(root.glob("slides/*"))) == len(list(root.glob("slides/*/manifest.json"))) < 6
+    again = tile_cohort(cfg, progress=False)
+    assert again.exit_code == 0
+    assert again.num_tiles > 0
+
+
+def is_worker(process: psutil.Process) -> bool:
+    try:
+        return "spawn_main" in " ".join(process.cmdline())
+    except (psutil.NoSuchProcess, psutil.ZombieProcess):
+        return False
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_failed_rebuild_says_that_the_old_shards_are_kept(tmp_path: Path) -> None:
+    cfg = cohort(tmp_path, {"a": (draw(tmp_path / "a.tiff"), ""), "b": (draw(tmp_path / "b.tiff"), "")})
+    root = tile_cohort(cfg, progress=False).shards
+    before = contents(root)
+    typo = cfg.model_copy(update={"slides": TILING.model_copy(update={"tile_mpp": 0.1})})
+    report = tile_cohort(typo, progress=False)
+    assert [row.status for row in report.rows] == ["failed", "failed"]
+    assert all("over 4 times slides.tile_mpp=0.1" in row.reason for row in report.rows)
+    assert all(
+        row.reason.endswith("(Its shards of other settings, or of another version of its file, are kept.)")
+        for row in report.rows
+    )
+    assert contents(root) == before
+    assert [row.status for row in tile_cohort(cfg, progress=False).rows] == ["cached", "cached"]
+
+
+@pytest.mark.usefixtures("in_process")
+def test_slides_of_a_server_that_is_away_stay_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = cohort(tmp_path, {"a": (draw(tmp_path / "a.tiff"), ""), "b": (draw(tmp_path / "b.tiff"), "")})
+    tile_cohort(cfg, progress=False)
+    real = Path.stat
+
+    def away(path: Path, *args: Any, **options: Any) -> os.stat_result:
+        if path.suffix == ".tiff":
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, *args, **options)
+
+    monkeypatch.setattr(Path, "stat", away)
+    assert [row.status for row in tile_cohort(cfg, progress=False).rows] == ["cached", "cached"]
 
 
 def test_a_folder_in_use_by_another_run(tmp_path: Path) -> None:

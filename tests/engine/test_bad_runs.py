@@ -1,5 +1,6 @@
 """What a trainer does with losses that are not finite, damaged tiles, another configuration, a full folder."""
 
+import gc
 import json
 from pathlib import Path
 
@@ -68,6 +69,58 @@ def test_one_loss_that_is_not_finite_is_skipped_by_all_ranks_and_training_goes_o
     assert len(skipped) == 1
     assert skipped[0]["step"] == 2
     assert len(skipped[0]["slides"]) == 1
+
+
+def _infinite_gradient(rank: int, num_ranks: int, configs: list[RunConfig]) -> list[tuple[str, bool]]:
+    """At each ZeRO stage: the error, and whether the weights are those of the start."""
+
+    @losses.register("finite_loss_infinite_gradient")
+    def steep(logits_BK: Tensor, label_B: Tensor) -> Tensor:
+        # sqrt(0) is 0 and its derivative is not finite
+        return cross_entropy(logits_BK, label_B) + (logits_BK[:, 0] - logits_BK[:, 0]).sqrt()
+
+    found = []
+    for config in configs:
+        trainer = _trainer(rank, num_ranks, config)
+        before = trainer.engine.state().parameters
+        with pytest.raises(TrainingError) as caught:
+            trainer.fit()
+        after = trainer.engine.state().parameters
+        found.append((str(caught.value), all(torch.equal(before[name], after[name]) for name in before)))
+    return found
+
+
+def test_a_gradient_that_is_not_finite_changes_no_weight_at_any_stage(tmp_path: Path) -> None:
+    configs = [
+        tiny_run(
+            tmp_path,
+            execution={"ranks": 2, "zero_stage": stage},
+            science={"loss": "finite_loss_infinite_gradient"},
+            bookkeeping={"out": tmp_path / f"stage{stage}"},
+        )
+        for stage in range(4)
+    ]
+    for found in run_on_ranks(_infinite_gradient, 2, 2, configs):
+        for message, unchanged in found:
+            assert "loss or gradient not finite in 3 steps in a row" in message
+            assert unchanged
+
+
+def _raise_in_reduction(rank: int, num_ranks: int, config: RunConfig) -> list[str]:
+    """What the failing rank's engine reduced."""
+    trainer = _trainer(rank, num_ranks, config)
+    reduced: list[str] = []
+    optimizer = trainer.engine._engine.optimizer
+    optimizer.overlapping_partition_gradients_reduce_epilogue = lambda: reduced.append("flush")
+    with pytest.raises(MemoryError), trainer.engine.one_reduction():
+        raise MemoryError
+    gc.collect()
+    return reduced
+
+
+def test_after_an_error_a_rank_starts_no_reduction_that_the_others_would_not_join(tmp_path: Path) -> None:
+    config = tiny_run(tmp_path, execution={"zero_stage": 1})
+    assert run_on_ranks(_raise_in_reduction, 1, 1, config) == [[]]
 
 
 def _fit_error(rank: int, num_ranks: int, config: RunConfig) -> str:

@@ -7,13 +7,15 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import psutil
 import pytest
 
 from gigamil.errors import EnvironmentFault
-from gigamil.lock import LOCK_NAME, folder_lock
+from gigamil.lock import DEAD_AFTER_S, LOCK_NAME, TOUCH_S, folder_lock
 
 HOLD = """
 import sys, time
@@ -84,11 +86,42 @@ def test_not_twice_in_one_process(tmp_path: Path) -> None:
         pass
 
 
-def test_another_host_is_believed(tmp_path: Path) -> None:
+def set_age(file: Path, seconds: float) -> None:
+    os.utime(file, (time.time() - seconds,) * 2)
+
+
+def test_another_host_is_believed_while_it_touches_its_lock(tmp_path: Path) -> None:
     holder_file(tmp_path, host="node-17", pid=1)
-    with pytest.raises(EnvironmentFault, match="process 1 on node-17"), folder_lock(tmp_path, "x"):
+    set_age(tmp_path / LOCK_NAME, DEAD_AFTER_S - 10)
+    with (
+        pytest.raises(EnvironmentFault, match=r"process 1 on node-17.* dead, try again in 2 minutes, or delete"),
+        folder_lock(tmp_path, "x"),
+    ):
         pass
-    assert (tmp_path / LOCK_NAME).exists()
+    assert [path.name for path in tmp_path.iterdir()] == [LOCK_NAME]
+
+
+def test_a_dead_run_on_another_host_is_taken_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    holder_file(tmp_path, host="node-17", pid=1)
+    set_age(tmp_path / LOCK_NAME, DEAD_AFTER_S + 10)
+    with caplog.at_level(logging.WARNING), folder_lock(tmp_path, "x"):
+        assert json.loads((tmp_path / LOCK_NAME).read_text())["host"] == socket.gethostname()
+    assert "took over the lock of a run that is dead (`gigamil tile`, process 1 on node-17" in caplog.text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_holder_touches_its_lock_until_it_lets_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert DEAD_AFTER_S >= 10 * TOUCH_S
+    monkeypatch.setattr("gigamil.lock.TOUCH_S", 0.01)
+    file = tmp_path / LOCK_NAME
+    with folder_lock(tmp_path, "x"):
+        assert "gigamil-lock" in {thread.name for thread in threading.enumerate() if thread.daemon}
+        set_age(file, 1000)
+        deadline = time.monotonic() + 30
+        while time.time() - file.stat().st_mtime > 500 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert time.time() - file.stat().st_mtime < 500
+    assert "gigamil-lock" not in {thread.name for thread in threading.enumerate()}
 
 
 def test_a_reused_process_number_is_not_the_holder(tmp_path: Path) -> None:

@@ -85,6 +85,32 @@ def test_nothing_is_overwritten_unasked(folder: Path) -> None:
     assert run(folder, overwrite=True).slides_per_class == {"luad": 2, "lusc": 2}
 
 
+@pytest.mark.parametrize(
+    ("wrong", "right", "words"),
+    [
+        ("c,p3,luad", "c,,luad", "  - slide 'c': patient_id is empty"),
+        ("c,p3,luad", "c,p3,", "  - slide 'c': slide 'c' has no label"),
+        ("lusc", "luad", "at least two classes, found: luad"),
+    ],
+)
+def test_a_refusal_leaves_nothing_and_does_not_block_the_second_try(
+    folder: Path, wrong: str, right: str, words: str
+) -> None:
+    before = {*folder.rglob("*"), folder / "labels.csv"}
+    with pytest.raises(CohortError) as caught:
+        run(folder, LABELS.replace(wrong, right))
+    assert words in str(caught.value)
+    assert str(caught.value).startswith(
+        f"nothing was written, since slide table '{folder / 'slides.csv'}' has 1 problem"
+    )
+    assert set(folder.rglob("*")) == before
+    run(folder)
+    table = (folder / "slides.csv").read_bytes()
+    with pytest.raises(CohortError):
+        run(folder, LABELS.replace(wrong, right), overwrite=True)
+    assert (folder / "slides.csv").read_bytes() == table
+
+
 def test_columns_are_named_or_the_message_says_how(folder: Path) -> None:
     odd = LABELS.replace("Slide,Case,Subtype", "scan,donor,finding")
     for option, words in [

@@ -50,6 +50,15 @@ def test_small_cnn_has_the_width_it_promises(width: int) -> None:
     assert encoder(torch.rand(2, 3, 32, 48), None).shape == (2, 4 * width)
 
 
+@pytest.mark.parametrize(
+    ("width", "groups"),
+    [(4, [1, 1, 2, 2]), (8, [1, 2, 4, 4]), (16, [2, 4, 8, 8]), (11, [1, 2, 4, 4]), (13, [1, 2, 4, 4]), (1, [1] * 4)],
+)
+def test_groups_divide_every_width(width: int, groups: list[int]) -> None:
+    norms = [module for module in build(width=width).modules() if isinstance(module, nn.GroupNorm)]
+    assert [norm.num_groups for norm in norms] == groups
+
+
 def test_small_cnn_sees_one_tile_at_a_time() -> None:
     torch.manual_seed(0)
     encoder = build(width=8, dropout=0.5).double().train()

@@ -9,7 +9,7 @@ import pytest
 
 from gigamil.config.schema import Slides
 from gigamil.data.decode import decode_tiles
-from gigamil.errors import SlideError
+from gigamil.errors import ShardError, SlideError
 from gigamil.partition.curve import hilbert_index, hilbert_sort
 from gigamil.shards.build import SlideJob, build_slide, finished_slide
 from gigamil.shards.read import ShardSet
@@ -102,12 +102,50 @@ def test_new_settings_replace_the_old_shards(job: SlideJob) -> None:
     assert sorted(path.name for path in job.root.iterdir() if any(path.iterdir())) == ["slides"]
 
 
-def test_a_failed_rebuild_leaves_no_shards_of_old_settings(job: SlideJob) -> None:
+def contents(root: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def test_a_failed_rebuild_leaves_the_old_shards_as_they_were(job: SlideJob, monkeypatch: pytest.MonkeyPatch) -> None:
     build_slide(job, hilbert_sort)
+    before = contents(job.root)
+    finer = SlideJob(job.slide_id, job.path, None, job.slides.model_copy(update={"tile_mpp": 0.1}), job.root)
+    with pytest.raises(SlideError, match=r"over 4 times slides.tile_mpp=0.1"):  # a typo
+        build_slide(finer, hilbert_sort)
+    larger = SlideJob(job.slide_id, job.path, None, job.slides.model_copy(update={"tile_px": 64}), job.root)
+
+    def disk_full(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", disk_full)
+        with pytest.raises(OSError, match="No space left"):
+            build_slide(larger, hilbert_sort)
+    assert contents(job.root) == before
+    with pytest.raises(ShardError, match=r"32 px at 1 um per pixel, configured 64 at 1"):
+        ShardSet(job.root).check_tiles([job.slide_id], 64, 1.0)
     job.path.write_bytes(b"not a slide any more")
     with pytest.raises(SlideError, match="not a slide that OpenSlide can open"):
         build_slide(job, hilbert_sort)
-    assert ShardSet(job.root).slide_ids == ()
+    assert contents(job.root) == before
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), OSError(5, "Input/output error")])
+def test_a_source_that_cannot_be_read_is_like_one_that_is_gone(
+    job: SlideJob, monkeypatch: pytest.MonkeyPatch, error: OSError
+) -> None:
+    manifest = build_slide(job, hilbert_sort)
+
+    def refuse(path: Path, *args: object, **options: object) -> object:
+        if path == job.path:
+            raise error
+        return real(path, *args, **options)
+
+    for method in ("stat", "open"):
+        real = getattr(Path, method)
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, method, refuse)
+            assert finished_slide(job) == manifest
 
 
 def test_no_tissue_and_zero_tiles_say_why(job: SlideJob, tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ import pytest
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from gigamil.errors import ShardError
-from gigamil.shards.format import slide_folder
+from gigamil.shards.format import REMOVED, STAGING, slide_folder
 from gigamil.shards.read import ShardSet
-from gigamil.shards.write import clear_leftovers, remove_slide, staged_slide
+from gigamil.shards.write import clear_leftovers, staged_slide
 from gigamil.testing.shards import make_shards, noise_jpegs
 
 DOTTED = "TCGA-83-5908-01Z-00-DX1.381c8f82-61a0-4e9d-982d-1ad0af7bead9"
@@ -221,11 +221,31 @@ def test_staging_is_deleted_on_error_and_final_never_half_there(tmp_path: Path) 
     assert not slide_folder(tmp_path, "s").exists()
 
 
-def test_leftovers_and_removal(tmp_path: Path) -> None:
+def test_leftovers_go_and_what_is_not_ours_stays(tmp_path: Path) -> None:
     make_shards(tmp_path, "s", JPEGS, tile_px=16)
-    (tmp_path / "staging" / "killed").mkdir(parents=True)
+    others = [tmp_path / name / "a.svs" for name in ("staging", "removed")]
+    for path in (tmp_path / STAGING / "killed" / "x", tmp_path / REMOVED / "killed" / "x", *others):
+        path.parent.mkdir(parents=True)
+        path.touch()
     clear_leftovers(tmp_path)
-    assert not (tmp_path / "staging").exists()
-    remove_slide(tmp_path, "s")
-    remove_slide(tmp_path, "never-there")
-    assert not slide_folder(tmp_path, "s").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["removed", "slides", "staging"]
+    assert all(path.exists() for path in others)
+
+
+def test_new_shards_replace_old_ones(tmp_path: Path) -> None:
+    make_shards(tmp_path, "s", JPEGS, tile_px=16, tiles_per_tar=4)
+    make_shards(tmp_path, "s", JPEGS[:3], tile_px=16, tiles_per_tar=4)
+    shards = ShardSet(tmp_path)
+    assert shards.read_span("s", 0, 3) == JPEGS[:3]
+    assert len(list(shards.folder("s").glob("*.tar"))) == 1
+    assert not any((tmp_path / REMOVED).iterdir())
+
+
+@pytest.mark.parametrize(
+    "name", ["../other/tiles-00000.tar", "/etc/passwd", "..", ".hidden", "", "a/b", "a\\\\b", "a\\n"]
+)
+def test_a_manifest_cannot_name_a_file_elsewhere(shards: ShardSet, name: str) -> None:
+    path = shards.folder(DOTTED) / "manifest.json"
+    path.write_text(path.read_text().replace('"tiles-00001.tar"', f'"{name}"'))
+    with pytest.raises(ShardError, match=r"tars\.1\.name: String should match pattern"):
+        ShardSet(shards.root).read_span(DOTTED, 0, 10)

@@ -79,7 +79,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
 def test_the_best_can_be_named_afterwards(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path)
     commit(store, 1)
-    store.mark_best()
+    store.mark_best(store.find("latest"))
     commit(store, 2)
     assert (loaded_step(store, "best"), loaded_step(store)) == (1, 2)
 
