@@ -60,7 +60,9 @@ def split_cohort(config: RunConfig, *, again: bool = False) -> Splits:
             f"'{config.bookkeeping.out}' was trained on its split; another split needs another bookkeeping.out"
         )
     shards = ShardSet(config.bookkeeping.shard_root)
-    splits = make_splits(table, shards.slide_ids, config.cohort, limit=config.bookkeeping.limit)
+    settings = config.slides.model_dump()
+    tiled = [slide_id for slide_id in shards.slide_ids if shards.made_with(slide_id, settings)]
+    splits = make_splits(table, tiled, config.cohort, limit=config.bookkeeping.limit)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_splits(splits, path)
     return splits

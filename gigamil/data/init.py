@@ -140,12 +140,19 @@ def _checked(cohort: Cohort, rows: list[dict[str, str]]) -> CohortTable:
             return load_cohort(cohort.model_copy(update={"table": draft}))
         except CohortError as error:
             # The draft is gone before anyone could look at its lines, so they get the names of their slides.
-            text = str(error).replace(str(draft), str(cohort.table))
-            with draft.open(newline="", encoding="utf-8") as file:
-                reader = csv.DictReader(file)
-                slides = {reader.line_num: row["slide_id"] for row in reader}
-            text = re.sub(r"(?m)^  - line (\d+):", lambda line: f"  - slide '{slides[int(line[1])]}':", text)
+            slide_on = _slides_by_line(draft)
+            text = re.sub(r"(?m)^  - line (\d+):", lambda line: f"  - slide '{slide_on[int(line[1])]}':", str(error))
+            text = text.replace(str(draft), str(cohort.table))
             raise CohortError(f"nothing was written, since {text}") from error
+
+
+def _slides_by_line(table: Path) -> dict[int, str]:
+    slides = {}
+    with table.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        for row in reader:
+            slides[reader.line_num] = row["slide_id"]
+    return slides
 
 
 def _write_table(path: Path, rows: list[dict[str, str]]) -> None:

@@ -8,7 +8,7 @@ import itertools
 import os
 import tarfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property, lru_cache
 from io import BytesIO
 from pathlib import Path
@@ -122,6 +122,14 @@ class ShardSet:
                 f"Run `gigamil tile` again ('{self.root / STATUS}' says why a slide failed), or set slides.tile_px and "
                 "slides.tile_mpp to these values."
             )
+
+    def made_with(self, slide_id: str, settings: Mapping[str, object]) -> bool:
+        """Whether a slide's tiles were made with these settings, of those that both know.
+
+        When tiling a slide anew fails, its old shards stay.
+        """
+        recorded = self.manifest(slide_id).settings
+        return all(recorded[name] == value for name, value in settings.items() if name in recorded)
 
     def thumbnail(self, slide_id: str) -> tuple[np.ndarray, float]:
         """Thumbnail uint8 (H, W, 3) and its micron per pixel; pixel (0, 0) starts at the corner of level 0."""

@@ -1,6 +1,7 @@
 """Tiles survive the round trip, a span reads its bytes only, and every kind of damage is named."""
 
 import contextlib
+import json
 import os
 import pickle
 import tarfile
@@ -11,7 +12,7 @@ import pytest
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from gigamil.errors import ShardError
-from gigamil.shards.format import REMOVED, STAGING, slide_folder
+from gigamil.shards.format import MANIFEST, REMOVED, STAGING, slide_folder
 from gigamil.shards.read import ShardSet
 from gigamil.shards.write import clear_leftovers, staged_slide
 from gigamil.testing.shards import make_shards, noise_jpegs
@@ -249,3 +250,14 @@ def test_a_manifest_cannot_name_a_file_elsewhere(shards: ShardSet, name: str) ->
     path.write_text(path.read_text().replace('"tiles-00001.tar"', f'"{name}"'))
     with pytest.raises(ShardError, match=r"tars\.1\.name: String should match pattern"):
         ShardSet(shards.root).read_span(DOTTED, 0, 10)
+
+
+def test_shards_of_other_settings_are_told_apart(tmp_path: Path) -> None:
+    make_shards(tmp_path, "a", noise_jpegs(3, 32), tile_px=32)
+    folder = slide_folder(tmp_path, "a")
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["settings"] = {"min_tissue": 0.25, "tile_px": 32}
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    shards = ShardSet(tmp_path)
+    assert shards.made_with("a", {"min_tissue": 0.25, "tile_px": 32, "max_failed": 3})
+    assert not shards.made_with("a", {"min_tissue": 0.5, "tile_px": 32})
