@@ -147,7 +147,7 @@ def _draw_auc_panel(axes: "Axes", history: History) -> None:
         1, 0.505, "chance", transform=axes.get_yaxis_transform(), ha="right", va="bottom", color=MUTED, fontsize=9
     )
     axes.plot(history.epoch_step, history.val_auc, "o-", color=PALETTE[1], markersize=4, linewidth=1.6)
-    best = int(np.nanargmax(history.val_auc))
+    best = history.best_row
     label = f"best: {history.val_auc[best]:.3f} (epoch {history.epoch[best]:.0f})"
     axes.plot(
         history.epoch_step[best],

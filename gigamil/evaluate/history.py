@@ -28,6 +28,12 @@ class History:
     val_auc: Floats
 
     @property
+    def best_row(self) -> int:
+        """Row of the epoch whose checkpoint training calls the best: highest AUC, of equals the lowest loss."""
+        auc, loss = np.nan_to_num(self.val_auc, nan=-np.inf), np.nan_to_num(self.val_loss, nan=np.inf)
+        return int(np.lexsort((loss, -auc))[0])
+
+    @property
     def num_skipped(self) -> int:
         """Steps whose loss was not finite."""
         return int(np.isnan(self.loss).sum())

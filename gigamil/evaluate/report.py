@@ -87,6 +87,8 @@ def _facts_section(facts: dict[str, Any]) -> Html:
         return Html()
     cells = []
     for key, value in facts.items():
+        if value is None:  # no error, no commit: nothing to tell
+            continue
         words = _fact_words(value)
         kind = "long" if len(words) > LONG_FACT else "short"
         cells.append(tag("div", tag("dt", key.replace("_", " ")), tag("dd", words), class_=kind))

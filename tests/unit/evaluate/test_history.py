@@ -44,3 +44,9 @@ def test_a_line_that_was_being_written_is_left_out(tmp_path: Path) -> None:
 def test_a_broken_line_is_named(tmp_path: Path, line: str, message: str) -> None:
     with pytest.raises(CohortError, match=f"{message}.*cut the file there"):
         read_history(write(tmp_path / "m", {"kind": "step", "step": 1, "loss": 1.0}, tail=line))
+
+
+def test_of_equal_aucs_the_lower_loss_is_the_best_as_in_training(tmp_path: Path) -> None:
+    values = [(0.5, 0.1), (1.0, 0.7), (1.0, 0.2), (1.0, 0.3), (None, None)]
+    lines = [{"kind": "epoch", "epoch": n, "val_auc": a, "val_loss": b} for n, (a, b) in enumerate(values, start=1)]
+    assert read_history(write(tmp_path / "m", *lines)).best_row == 2
