@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
         if config:
             sub.add_argument("config", metavar="CONFIG.yaml", help="configuration of the run")
             sub.add_argument(
-                "--limit", type=_count, metavar="N", help="only N slides of each split and class: a smoke run"
+                "--limit", type=int, metavar="N", help="only N slides of each split and class: a smoke run"
             )
             sub.add_argument(
                 "--plugin", action="append", default=[], metavar="MODULE", help="module that registers your parts"
