@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gigamil.errors import ShardError
-from gigamil.evaluate.files import replace_file
+from gigamil.files import replace_file
 
 FOLDER = "attention"
 COLUMNS = ("number", "x_um", "y_um", "attention")

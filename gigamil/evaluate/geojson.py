@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from gigamil.evaluate.attention import Attention
-from gigamil.evaluate.files import replace_file
+from gigamil.files import replace_file
 
 # Vermillion: seen on pink and purple stain with any colour vision.
 CLASSIFICATION = {"name": "Attention", "color": [213, 94, 0]}

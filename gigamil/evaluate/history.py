@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gigamil.evaluate.files import parse_object
+from gigamil.files import parse_object
 
 FILE_NAME = "metrics.jsonl"
 Floats = NDArray[np.float64]

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gigamil.errors import CohortError
-from gigamil.evaluate.files import replace_file
+from gigamil.files import replace_file
 
 FILE_NAME = "predictions.csv"
 FIXED_COLUMNS = ("slide_id", "patient_id", "label", "split")

@@ -7,11 +7,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from gigamil.evaluate.files import parse_object, replace_file
 from gigamil.evaluate.heatmap import FOLDER as HEATMAPS
 from gigamil.evaluate.html import Html, image, join, page, table, tag
 from gigamil.evaluate.predictions import FILE_NAME, HEADLINE_ORDER, Predictions, read_predictions
 from gigamil.evaluate.summary import CONFUSION, FIGURES, LOSSES, ROC, Evaluation, read_evaluation, summarise
+from gigamil.files import parse_object, replace_file
 from gigamil.metrics import Estimate, Metrics
 
 REPORT_FILE = "report.html"

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gigamil.evaluate.files import replace_file
+from gigamil.files import replace_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

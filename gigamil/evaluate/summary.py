@@ -7,10 +7,10 @@ from typing import TypedDict, cast
 
 from gigamil.errors import CohortError
 from gigamil.evaluate.figures import draw_confusion, draw_losses, draw_roc
-from gigamil.evaluate.files import parse_object, replace_file
 from gigamil.evaluate.history import FILE_NAME as HISTORY_FILE
 from gigamil.evaluate.history import read_history
 from gigamil.evaluate.predictions import FILE_NAME, Predictions, read_predictions
+from gigamil.files import parse_object, replace_file
 from gigamil.metrics import Metrics, classification_metrics
 
 EVALUATION_FILE = "evaluation.json"

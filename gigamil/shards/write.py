@@ -5,7 +5,6 @@ the manifest is written last, and then the folder is renamed.
 """
 
 import itertools
-import os
 import shutil
 import tarfile
 import zlib
@@ -17,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import webdataset
 
+from gigamil.files import fsync
 from gigamil.shards.format import (
     EXTENSION,
     MANIFEST,
@@ -88,16 +88,16 @@ def commit(root: Path, staged: Path, manifest: SlideManifest) -> None:
     final, old = slide_folder(root, manifest.slide_id), root / REMOVED / manifest.slide_id
     final.parent.mkdir(parents=True, exist_ok=True)
     for file in manifest.files:
-        _sync(staged / file.name)
+        fsync(staged / file.name)
     (staged / MANIFEST).write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    _sync(staged / MANIFEST)
-    _sync(staged)
+    fsync(staged / MANIFEST)
+    fsync(staged)
     if final.exists():
         # It disappears with one rename, so no reader sees half of it.
         old.parent.mkdir(parents=True, exist_ok=True)
         final.rename(old)
     staged.rename(final)
-    _sync(final.parent)
+    fsync(final.parent)
     shutil.rmtree(old, ignore_errors=True)  # what a reader still holds open is for `clear_leftovers`
 
 
@@ -122,11 +122,3 @@ def _write_tar(path: Path, slide_id: str, tiles: Iterable[tuple[int, bytes]]) ->
             assert writer.tarstream.offset == offset + padded(len(jpeg)), f"unexpected header of {slide_id}/{number}"
             places.append((offset, len(jpeg), zlib.crc32(jpeg)))
     return places
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from gigamil.config.load import to_yaml
 from gigamil.config.schema import RunConfig
+from gigamil.files import replace_file
 from gigamil.registry import import_plugins
-from gigamil.train.checkpoint import replace_file
 from gigamil.train.cohort import load_training_data
 from gigamil.train.launch import launch_ranks
 from gigamil.train.records import RunRecord

@@ -7,7 +7,6 @@ pickled.
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from gigamil import files
 from gigamil.errors import CheckpointError
 from gigamil.train.engine import TrainingState
 
@@ -67,10 +67,10 @@ class CheckpointStore:
             digests = {name: _sha256(staging / name) for name in _DIGESTED}
             (staging / _MANIFEST).write_text(json.dumps({"format": FORMAT, "sha256": digests}, indent=1))
             for path in staging.iterdir():
-                _fsync(path)
-            _fsync(staging)
+                files.fsync(path)
+            files.fsync(staging)
             staging.rename(final)
-            _fsync(self.folder)
+            files.fsync(self.folder)
             self._point("latest", final.name)
             if best:
                 self._point("best", final.name)
@@ -158,24 +158,7 @@ class CheckpointStore:
         return sorted(self.folder.glob("[0-9]*-step-*"))
 
     def _point(self, pointer: str, name: str) -> None:
-        replace_file(self.folder / pointer, name + "\n")
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Replace a small file so that a reader, or a crash, sees the old text or the new, never a part."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    _fsync(temporary)
-    temporary.rename(path)
-    _fsync(path.parent)
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        files.replace_file(self.folder / pointer, name + "\n")
 
 
 def _sha256(path: Path) -> str:

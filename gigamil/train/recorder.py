@@ -12,7 +12,7 @@ from tqdm import tqdm
 from gigamil.config.load import to_yaml
 from gigamil.config.schema import RunConfig
 from gigamil.errors import Interrupted
-from gigamil.train.checkpoint import replace_file
+from gigamil.files import replace_file
 from gigamil.train.records import MetricsLog, RunRecord
 from gigamil.train.tracking import Tracker
 

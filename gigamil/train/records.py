@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from gigamil.train.checkpoint import replace_file
+from gigamil.files import replace_file
 
 _PACKAGES = ("torch", "torchvision", "deepspeed", "webdataset", "openslide-python", "openslide-bin", "mlflow", "numpy")
 

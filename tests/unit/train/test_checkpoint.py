@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from gigamil import files
 from gigamil.errors import CheckpointError
+from gigamil.files import replace_file
 from gigamil.train import checkpoint
-from gigamil.train.checkpoint import CheckpointStore, replace_file
+from gigamil.train.checkpoint import CheckpointStore
 from gigamil.train.engine import TrainingState
 
 FILES = ("parameters.safetensors", "moments.safetensors", "progress.json", "manifest.json")
@@ -107,7 +109,7 @@ def test_a_crash_at_any_point_leaves_a_whole_generation(
         return call
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_fsync", dying(checkpoint._fsync))
+        patch.setattr(files, "fsync", dying(files.fsync))
         patch.setattr(checkpoint, "save_file", dying(checkpoint.save_file))
         patch.setattr(checkpoint, "_sha256", dying(checkpoint._sha256))
         patch.setattr(Path, "rename", dying(Path.rename))

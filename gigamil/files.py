@@ -1,4 +1,4 @@
-"""Files of a run folder: written whole or not at all, and read with an error that names the file."""
+"""Files that are whole or not there: written aside, forced to disk, renamed."""
 
 import json
 import os
@@ -8,12 +8,23 @@ from typing import Any
 from gigamil.errors import CohortError
 
 
-def replace_file(path: Path, content: bytes) -> None:
-    """Write `content` to `path` so that a reader sees the old file or the new one, never a part."""
+def replace_file(path: Path, content: str | bytes) -> None:
+    """Write a small file so that a reader, or a crash, sees the old content or the new, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    staged.write_bytes(content)
-    staged.replace(path)
+    staged.write_bytes(content.encode() if isinstance(content, str) else content)
+    fsync(staged)
+    staged.rename(path)
+    fsync(path.parent)
+
+
+def fsync(path: Path) -> None:
+    """Force a file, or the names in a folder, to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def parse_object(text: str, where: str, cure: str) -> dict[str, Any]:
