@@ -278,7 +278,7 @@ def _settle_mpp(
         return table, table, "table"
     text_x, text_y = properties.get(openslide.PROPERTY_NAME_MPP_X), properties.get(openslide.PROPERTY_NAME_MPP_Y)
     if text_x is not None and text_y is not None:
-        mpp_x, mpp_y = float(text_x), float(text_y)
+        mpp_x, mpp_y = _number(path, text_x), _number(path, text_y)
         for value in (mpp_x, mpp_y):
             _check_mpp(path, value, "in the file", "Write the true value into the mpp column of the slide table.")
         return mpp_x, mpp_y, "file"
@@ -289,6 +289,16 @@ def _settle_mpp(
         f"slide '{path}': no mpp in the file, so micron cannot be turned into pixels. Write it into the mpp column of "
         "the slide table, or set slides.default_mpp."
     )
+
+
+def _number(path: Path, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise MppError(
+            f"slide '{path}': mpp {text[:40]!r} in the file is no number. Write the true value into the mpp column of the "
+            "slide table."
+        ) from None
 
 
 def _check_mpp(path: Path, value: float, where: str, cure: str) -> None:
