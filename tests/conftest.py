@@ -3,6 +3,7 @@
 import atexit
 import os
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 
@@ -15,6 +16,9 @@ os.environ.pop("MLFLOW_TRACKING_URI", None)
 # A DeepSpeed build that is killed by a test must not leave its lock where a user's next run waits for it.
 os.environ["TORCH_EXTENSIONS_DIR"] = tempfile.mkdtemp(prefix="gigamil-extensions-")
 atexit.register(shutil.rmtree, os.environ["TORCH_EXTENSIONS_DIR"], ignore_errors=True)
+# A shell starts what runs in its background with Ctrl-C ignored, and commands would inherit that from this process.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
