@@ -146,7 +146,8 @@ def _estimate(value: float, resampled: Floats, num_bootstrap: int) -> Estimate:
         )
         return Estimate(value=float(value), ci=None, reason=reason)
     tail = (100.0 - INTERVAL_PERCENT) / 2
-    low, high = (float(edge) for edge in np.percentile(resampled, [tail, 100.0 - tail]))
+    # Weighted sums end in 0.9999999999999999 where 1 is meant.
+    low, high = (round(float(edge), 15) for edge in np.percentile(resampled, [tail, 100.0 - tail]))
     estimate = Estimate(value=float(value), ci=[low, high])
     if low == high:
         estimate["reason"] = (
