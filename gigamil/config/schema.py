@@ -71,17 +71,20 @@ class Slides(Section):
 class Encoder(Section):
     """Tile -> embedding."""
 
-    name: str = Field("resnet18", description="small_cnn, resnet18, resnet34, resnet50 or a registered name")
+    name: str = Field("resnet18", description="small_cnn, a torchvision ResNet, timm/NAME, or a registered name")
     weights: Path | None = Field(None, description="local state_dict (.safetensors, .pt); default: random start")
     mean: tuple[Fraction, Fraction, Fraction] = Field((0.485, 0.456, 0.406), description="input mean, RGB in 0..1")
     std: tuple[Positive, Positive, Positive] = Field((0.229, 0.224, 0.225), description="input standard deviation")
     options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the encoder")
+    freeze_blocks: Annotated[int, Field(ge=0)] = Field(0, description="so many blocks, from the input on, stay fixed")
+    lora_rank: Count | None = Field(None, description="train low-rank updates of the linears; the rest stays fixed")
+    lora_alpha: Positive = Field(16.0, description="updates are scaled by alpha / rank")
 
 
 class Aggregator(Section):
     """Embeddings of a slide -> slide embedding."""
 
-    name: str = Field("gated_attention", description="gated_attention or a registered name")
+    name: str = Field("gated_attention", description="one of docs/aggregators.md, or a registered name")
     options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the aggregator")
 
 
@@ -101,6 +104,9 @@ class Optim(Section):
 
     lr_encoder: NonNegative = 1e-4
     lr_head: NonNegative = 3e-4
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="factor of lr_encoder per block, from its output towards its input"
+    )
     weight_decay: NonNegative = 1e-2
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
     warmup_steps: Annotated[int, Field(ge=0)] = 20
@@ -140,12 +146,28 @@ class Execution(Section):
     memory_budget: Positive | None = Field(
         None, description="bytes (> 1) or fraction (<= 1) of free memory for kept graphs; default 0.5 of it"
     )
+    tile_cache: NonNegative | None = Field(
+        None, description="bytes (> 1) or fraction (<= 1) of free memory for decoded tiles; default 0.25"
+    )
+    # Not "off" and "on": YAML takes these for false and true.
+    activation_checkpointing: Literal["none", "blocks", "cpu"] = Field(
+        "none", description="recompute blocks of the encoder in backward; cpu: their inputs in main memory"
+    )
+    compile: bool = Field(False, description="torch.compile the encoder")
+    fold_batchnorm: bool = Field(True, description="compute BatchNorm inside the convolution before it")
     zero_stage: Literal[0, 1, 2, 3] = 1
+    offload: bool = Field(False, description="optimiser moments in main memory (ZeRO 1 and 2)")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: Count | None = Field(None, description="CPU threads per rank; default: cores / ranks")
     tile_workers: Count | None = Field(None, description="processes of `gigamil tile`; default: all cores")
     prefetch: Annotated[int, Field(ge=0)] = Field(2, description="steps of tiles decoded ahead")
     timeout_s: Positive = Field(120.0, description="longest wait in a collective before the run is given up")
+
+    @model_validator(mode="after")
+    def _offload_has_a_stage(self) -> "Execution":
+        if self.offload and self.zero_stage not in (1, 2):
+            raise ValueError(f"execution.offload needs execution.zero_stage 1 or 2, not {self.zero_stage}")
+        return self
 
     @model_validator(mode="after")
     def _group_divides(self) -> "Execution":

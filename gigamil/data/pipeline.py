@@ -1,4 +1,4 @@
-"""The tiles that this rank owns in a step: partition + shards -> one uint8 tensor, decoded ahead in a thread.
+"""The tiles that this rank owns in a step: partition + shards -> uint8 tiles, decoded ahead in a thread.
 
 What a rank gets is a pure function of the plan; prefetching changes when it is read, never what or in which order.
 """
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from gigamil import keyed
 from gigamil.data.decode import decode_tiles
+from gigamil.data.images import HeldImages, StoredImages, TileImages
 from gigamil.errors import ShardError
 from gigamil.parallel.topology import Topology
 from gigamil.partition.schedule import StepPlan
@@ -39,13 +40,13 @@ class StepTiles:
     """This rank's tiles of one step, in pooled order.
 
     Attributes:
-        image_nHWC: uint8 RGB.
+        images: their pixels.
         slide_index_n: int64, which of the group's slides each tile belongs to.
         number_n: int64, the tile's number in its slide (stored order).
         position_n2: float64, top-left corner in micron.
     """
 
-    image_nHWC: Tensor
+    images: TileImages
     slide_index_n: Tensor
     number_n: Tensor
     position_n2: Tensor
@@ -65,44 +66,66 @@ class StepLoader:
         tile_px: side of a tile.
         topology: which group and which rank of it this is.
         prefetch: steps decoded ahead in a thread; 0 reads when asked.
+        hold_bytes: memory for decoded tiles. Where the steps that are there at once need more, tiles are decoded chunk
+            by chunk, in each pass anew.
     """
 
     def __init__(
-        self, source: TileSource, slide_ids: Sequence[str], tile_px: int, topology: Topology, prefetch: int = 2
+        self,
+        source: TileSource,
+        slide_ids: Sequence[str],
+        tile_px: int,
+        topology: Topology,
+        prefetch: int = 2,
+        hold_bytes: int | None = None,
     ) -> None:
         self._source = source
         self._slide_ids = slide_ids
         self._tile_px = tile_px
         self._topology = topology
         self._prefetch = prefetch
+        self._hold_bytes = hold_bytes
         self.wait_s = 0.0  # seconds that the consumer has waited for tiles
 
     def load(self, plan: StepPlan) -> StepTiles:
-        """Read and decode this rank's tiles of a step.
+        """This rank's tiles of a step, decoded if they may be held.
 
         Raises:
             ShardError: a shard or a tile is damaged; the message names the slide and the tile.
         """
-        images, slide_index, numbers, positions = [], [], [], []
         group = plan.groups[self._topology.group]
-        for span in plan.spans(self._topology.group, self._topology.group_rank):
-            slide_id = self._slide_ids[plan.slides[group[span.slide]]]
-            jpegs = self._source.read_span(slide_id, span.start, span.stop)
-            try:
-                images.append(decode_tiles(jpegs, self._tile_px))
-            except ShardError as error:
-                raise ShardError(f"slide '{slide_id}', tiles {span.start}..{span.stop - 1}: {error}") from error
-            slide_index.append(np.full(span.num_tiles, span.slide, dtype=np.int64))
-            numbers.append(np.arange(span.start, span.stop, dtype=np.int64))
+        spans = [
+            (span, self._slide_ids[plan.slides[group[span.slide]]])
+            for span in plan.spans(self._topology.group, self._topology.group_rank)
+        ]
+        slide_index = [np.full(span.num_tiles, span.slide, dtype=np.int64) for span, _ in spans]
+        numbers = [np.arange(span.start, span.stop, dtype=np.int64) for span, _ in spans]
+        positions = []
+        for span, slide_id in spans:
             index = self._source.index(slide_id)
             positions.append(np.stack([index.x_um, index.y_um], axis=1)[span.start : span.stop])
-        side = self._tile_px
         return StepTiles(
-            torch.from_numpy(_joined(images, (0, side, side, 3), np.uint8)),
+            self._images([(slide_id, span.start, span.stop) for span, slide_id in spans]),
             torch.from_numpy(_joined(slide_index, (0,), np.int64)),
             torch.from_numpy(_joined(numbers, (0,), np.int64)),
             torch.from_numpy(_joined(positions, (0, 2), np.float64)),
         )
+
+    def _images(self, spans: list[tuple[str, int, int]]) -> TileImages:
+        stored = StoredImages(spans, self._tile_px, self._decode)
+        num_tiles = sum(stop - start for _, start, stop in spans)
+        # One step in use, one waiting to be handed over, `prefetch` ahead of it.
+        needed = num_tiles * self._tile_px**2 * 3 * (self._prefetch + 2 if self._prefetch else 1)
+        if self._hold_bytes is not None and needed > self._hold_bytes:
+            return stored
+        return HeldImages(stored.read(0, num_tiles))
+
+    def _decode(self, slide_id: str, start: int, stop: int) -> Tensor:
+        jpegs = self._source.read_span(slide_id, start, stop)
+        try:
+            return torch.from_numpy(decode_tiles(jpegs, self._tile_px))
+        except ShardError as error:
+            raise ShardError(f"slide '{slide_id}', tiles {start}..{stop - 1}: {error}") from error
 
     def iterate(self, plans: Iterable[StepPlan]) -> Iterator[tuple[StepPlan, StepTiles | Exception]]:
         """Yield each plan with its tiles, or with the error that reading them raised: ranks agree on errors first."""
@@ -163,6 +186,7 @@ class DrawKeys:
     """
 
     def __init__(self, seed: int, slide_ids: Sequence[str]) -> None:
+        self.slide_ids = slide_ids
         self._root = keyed.root_key(seed)
         self._slides = torch.tensor([keyed.text_key(slide_id) for slide_id in slide_ids], dtype=torch.int64)
 

@@ -11,7 +11,8 @@ from gigamil.config.schema import RunConfig
 from gigamil.data.pipeline import DrawKeys, StepLoader
 from gigamil.errors import CheckpointError
 from gigamil.evaluate.attention import Attention
-from gigamil.models.slide_model import SlideModel, build_model
+from gigamil.memory.budget import memory_budget
+from gigamil.models.slide_model import SlideModel, build_model, refuse_small_bags
 from gigamil.parallel.topology import Topology
 from gigamil.partition.schedule import plan_steps
 from gigamil.shards.read import ShardSet
@@ -61,12 +62,17 @@ def predict_slides(
         shards: where the slides' tiles are.
         device: where to compute.
     Yields:
-        A prediction per slide; attention is the mean over heads and sums to 1.
+        A prediction per slide; attention is the mean over heads, or of the predicted class, and sums to 1.
     Raises:
         ShardError: a slide is missing, damaged, or tiled otherwise than the model was trained on.
+        BagError: a slide has fewer tiles than the aggregator takes.
+        TrainingError: an embedding is not finite; names slide and tile.
     """
     shards.check_tiles(slide_ids, config.slides.tile_px, config.slides.tile_mpp)
+    sizes = [shards.manifest(slide_id).num_tiles for slide_id in slide_ids]
+    refuse_small_bags(model, slide_ids, sizes)
     topology = Topology()
+    tile_bytes = memory_budget(config.execution.tile_cache, device, 1, default=0.25)
     step = ExactStep(
         PlainEngine(model.to(device)),
         Ranks(topology),
@@ -74,10 +80,10 @@ def predict_slides(
         chunk=config.execution.chunk,
         num_keep=0,
         keys=DrawKeys(0, slide_ids),  # never drawn from: prediction has no dropout and no augmentation
+        cache_bytes=tile_bytes,
     )
-    sizes = [shards.manifest(slide_id).num_tiles for slide_id in slide_ids]
     plans = plan_steps(range(len(slide_ids)), sizes, 1, topology.num_groups, topology.group_size)
-    loader = StepLoader(shards, slide_ids, config.slides.tile_px, topology, config.execution.prefetch)
+    loader = StepLoader(shards, slide_ids, config.slides.tile_px, topology, config.execution.prefetch, tile_bytes)
     hidden = None if config.bookkeeping.progress else True
     bfloat16 = config.science.precision == "bfloat16"
     for plan, tiles in tqdm(loader.iterate(plans), total=len(plans), desc="predict", unit="slide", disable=hidden):

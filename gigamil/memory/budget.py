@@ -43,11 +43,11 @@ class SavedBytes:
         self._hooks.__exit__(kind, error, trace)
 
 
-def memory_budget(setting: float | None, device: torch.device, local_ranks: int) -> int:
+def memory_budget(setting: float | None, device: torch.device, local_ranks: int, default: float = 0.5) -> int:
     """Bytes that kept graphs may take on this rank.
 
     Args:
-        setting: bytes (> 1) or a fraction (<= 1) of free memory; None means half of it.
+        setting: bytes (> 1) or a fraction (<= 1) of free memory; None means `default`.
         device: whose memory.
         local_ranks: ranks that share this machine's memory (a GPU is taken to be a rank's own).
     """
@@ -57,7 +57,7 @@ def memory_budget(setting: float | None, device: torch.device, local_ranks: int)
         free = torch.cuda.mem_get_info(device)[0]
     else:
         free = free_memory() // local_ranks
-    return int(free * (0.5 if setting is None else setting))
+    return int(free * (default if setting is None else setting))
 
 
 def free_memory(cgroup_root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> int:

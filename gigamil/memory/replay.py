@@ -20,53 +20,51 @@ class EncodedChunk:
     """A chunk after the first pass.
 
     Attributes:
-        embedding_cD: detached embeddings of the chunk.
-        graph_cD: the same with its graph, if it was kept.
+        start, stop: rows of this rank's tiles; equal for a blank chunk.
+        graph_cD: embeddings with their graph, if it was kept.
         random_state: of torch's global generators before the first pass, for layers of others that draw from them.
     """
 
-    embedding_cD: Tensor
+    start: int
+    stop: int
     graph_cD: Tensor | None
     random_state: _RandomState | None
 
 
-def encode_chunk(encode: Callable[[], Tensor], keep: bool) -> EncodedChunk:
-    """First pass over a chunk: with its graph if `keep`, else without."""
+def encode_chunk(
+    encode: Callable[[int, int], Tensor], start: int, stop: int, keep: bool
+) -> tuple[EncodedChunk, Tensor]:
+    """First pass over rows start..stop - 1: with its graph if `keep`, else without.
+
+    Returns:
+        What the second pass needs, and the embeddings, detached.
+    """
     if keep:
-        graph = encode()
-        return EncodedChunk(graph.detach(), graph, None)
+        graph_cD = encode(start, stop)
+        return EncodedChunk(start, stop, graph_cD, None), graph_cD.detach()
     state = _random_state()
     with torch.no_grad():
-        return EncodedChunk(encode(), None, state)
+        return EncodedChunk(start, stop, None, state), encode(start, stop)
 
 
-def backward_chunk(
-    chunk: EncodedChunk, encode: Callable[[], Tensor], cotangent_cD: Tensor, backward: Callable[[Tensor], None]
-) -> None:
-    """Back-propagate dL/dh of a chunk into the encoder, encoding it again if its graph was not kept.
-
-    Args:
-        chunk: result of `encode_chunk`; its graph is released.
-        encode: the same callable as in the first pass.
-        cotangent_cD: dL/dh, float32 or wider.
-        backward: back-propagates a scalar (the engine's own).
-    """
-    graph, chunk.graph_cD = chunk.graph_cD, None
-    if graph is None:
-        graph = _encode_again(encode, chunk.random_state)
-    # d/dh of sum(h g) is g itself, exactly: the scalar is only what engines know how to back-propagate.
-    backward((graph.to(cotangent_cD.dtype) * cotangent_cD).sum())
-
-
-def _encode_again(encode: Callable[[], Tensor], state: _RandomState | None) -> Tensor:
-    if state is None:
-        return encode()
+def chunk_with_graph(chunk: EncodedChunk, encode: Callable[[int, int], Tensor]) -> Tensor:
+    """The embeddings with their graph, for backward: the kept ones, which are given up, or encoded again."""
+    graph_cD, chunk.graph_cD = chunk.graph_cD, None
+    if graph_cD is not None:
+        return graph_cD
+    if chunk.random_state is None:
+        return encode(chunk.start, chunk.stop)
     now = _random_state()
-    _set_random_state(state)
+    _set_random_state(chunk.random_state)
     try:
-        return encode()
+        return encode(chunk.start, chunk.stop)
     finally:
         _set_random_state(now)
+
+
+def cotangent_product(graph_cD: Tensor, cotangent_cD: Tensor) -> Tensor:
+    """The scalar whose gradient by h is the cotangent g, exactly: sum(h g), which is all that engines can take."""
+    return (graph_cD.to(cotangent_cD.dtype) * cotangent_cD).sum()
 
 
 def _random_state() -> _RandomState:

@@ -1,7 +1,8 @@
 """Models: ordinary single-process modules, the reference for every test."""
 
-from gigamil.models.aggregator import GatedAttention, aggregators
-from gigamil.models.bag import Bag, LocalPool, softmax_pool
+from gigamil.models.aggregator import aggregators
+from gigamil.models.aggregators.attention import GatedAttention
+from gigamil.models.bag import Bag, LocalPool, Pooled, softmax_pool
 from gigamil.models.dropout import KeyedDropout
 from gigamil.models.encoder import FrozenStatistics, SmallCNN, TileEncoder, encoders
 from gigamil.models.slide_model import SlideModel, build_model
@@ -12,6 +13,7 @@ __all__ = [
     "GatedAttention",
     "KeyedDropout",
     "LocalPool",
+    "Pooled",
     "SlideModel",
     "SmallCNN",
     "TileEncoder",

@@ -1,65 +1,46 @@
-"""Aggregators: the embeddings of a slide -> one slide embedding.
+"""What an aggregator is, and the registry of them: the embeddings of a slide -> one slide embedding, or its logits.
 
-Shapes: n tiles on this rank, B slides, D embedding, A attention heads.
-An aggregator is a module with an attribute `out_dim` and `forward(bag) -> (slide_BX, attention_nA)`. It reduces over
-tiles only through `bag.pool`, so it is exact over ranks without knowing of them. Register your own with
-`@aggregators.register("name")`: a factory that takes the embedding width and `science.aggregator.options`.
+Shapes: n tiles on this rank, B slides, D embedding, A attention heads, K classes.
+An aggregator is a module with `forward(bag) -> Pooled` and an attribute `out_dim`: the width of its slide embedding, which
+a linear head classifies, or None if it gives logits itself. It looks at more than one tile only through the bag, so it is
+exact over ranks without knowing of them. An attribute `min_tiles` tells how many tiles a slide must have (1 without it).
+Register your own with `@aggregators.register("name")`: a factory that takes the embedding width, `num_classes` if it
+names such a parameter, and `science.aggregator.options`.
 """
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gigamil.errors import ConfigError
-from gigamil.models.bag import Bag, softmax_pool
-from gigamil.models.dropout import KeyedDropout
 from gigamil.registry import Registry
 
 aggregators: Registry[Callable[..., nn.Module]] = Registry("aggregator", "gigamil.aggregators")
 
 
-@aggregators.register("gated_attention")
-class GatedAttention(nn.Module):
-    """Gated attention pooling: a = softmax_i(w . (tanh(V h_i) * sigmoid(U h_i))), z = sum_i a_i h_i.
-
-    The logit has no bias: a softmax does not change when all its logits shift.
-
-    Args:
-        dim: embedding width D.
-        hidden: rows of V and U.
-        heads: number of attention heads; their pooled embeddings are concatenated.
-        dropout: keyed dropout on the embeddings before attention and pooling.
-    Source: Ilse, Tomczak & Welling 2018, arXiv:1802.04712, eq. 9.
-    """
-
-    def __init__(self, dim: int, hidden: int = 128, heads: int = 1, dropout: float = 0.0) -> None:
-        super().__init__()
-        self.value = nn.Linear(dim, hidden)
-        self.gate = nn.Linear(dim, hidden)
-        self.logit = nn.Linear(hidden, heads, bias=False)
-        self.dropout = KeyedDropout(dropout, "aggregator.embedding")
-        self.out_dim = heads * dim
-
-    def forward(self, bag: Bag) -> tuple[Tensor, Tensor]:
-        """Bag -> slide embedding (B, A D) and attention (n, A), which sums to 1 over a slide."""
-        embedding_nD = self.dropout(bag.embedding_nD, bag.tile_key_n)
-        hidden_nX = torch.tanh(self.value(embedding_nD)) * torch.sigmoid(self.gate(embedding_nD))
-        pooled_BAD, attention_nA = softmax_pool(self.logit(hidden_nX), embedding_nD, bag)
-        return pooled_BAD.flatten(1), attention_nA
-
-
-def build_aggregator(name: str, dim: int, options: Mapping[str, Any]) -> nn.Module:
+def build_aggregator(name: str, dim: int, num_classes: int, options: Mapping[str, Any]) -> nn.Module:
     """The aggregator that the configuration names.
 
     Raises:
         ConfigError: unknown name, or options that the factory does not take.
     """
+    factory = aggregators[name]
+    classes = {"num_classes": num_classes} if "num_classes" in inspect.signature(factory).parameters else {}
     try:
-        aggregator = aggregators[name](dim, **options)
+        aggregator = factory(dim, **classes, **options)
     except TypeError as error:
         raise ConfigError(f"science.aggregator.options do not fit aggregator '{name}': {error}") from error
-    if not isinstance(getattr(aggregator, "out_dim", None), int):
-        raise ConfigError(f"aggregator '{name}' must have an integer attribute `out_dim`, the width of its output")
+    except ConfigError as error:
+        raise ConfigError(f"science.aggregator.options of aggregator '{name}': {error}") from error
+    if not hasattr(aggregator, "out_dim") or not isinstance(aggregator.out_dim, int | None):
+        raise ConfigError(
+            f"aggregator '{name}' must have an attribute `out_dim`: the width of its output, or None if it gives logits"
+        )
     return aggregator
+
+
+def min_tiles(aggregator: nn.Module) -> int:
+    """Tiles that a slide must have for this aggregator."""
+    return int(getattr(aggregator, "min_tiles", 1))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gigamil.partition.spans import Span, chunk_ranges, owned_spans
+from gigamil.partition.spans import Span, chunk_ranges, owned_range, owned_spans
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,21 @@ class StepPlan:
 
     def spans(self, group: int, group_rank: int) -> tuple[Span, ...]:
         """Spans that a rank owns; `Span.slide` counts in `groups[group]`."""
-        return owned_spans([self.sizes[position] for position in self.groups[group]], group_rank, self.group_size)
+        return owned_spans(self.group_sizes(group), group_rank, self.group_size)
+
+    def group_sizes(self, group: int) -> tuple[int, ...]:
+        """Tiles of each slide of a group."""
+        return tuple(self.sizes[position] for position in self.groups[group])
+
+    def counts(self, group: int) -> tuple[int, ...]:
+        """Tiles that each rank of a group owns."""
+        total = sum(self.group_sizes(group))
+        bounds = [owned_range(total, rank, self.group_size) for rank in range(self.group_size)]
+        return tuple(stop - start for start, stop in bounds)
 
     def max_calls(self, chunk: int) -> int:
         """Largest number of encoder calls that any rank of the world makes for its own tiles (at least 1)."""
-        tiles = [sum(self.sizes[position] for position in group) for group in self.groups]
+        tiles = [sum(self.group_sizes(group)) for group in range(len(self.groups))]
         most = -(-max(tiles) // self.group_size)  # the largest run that `owned_range` hands out
         return max(1, len(chunk_ranges(most, chunk)))
 

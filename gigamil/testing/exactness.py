@@ -13,8 +13,9 @@ from torch import Tensor
 
 from gigamil.config.schema import Augment, RunConfig
 from gigamil.data.augment import augment_tiles, to_float
+from gigamil.data.images import HeldImages
 from gigamil.data.pipeline import DrawKeys, StepTiles
-from gigamil.models.aggregator import GatedAttention
+from gigamil.models.aggregators.attention import GatedAttention
 from gigamil.models.bag import Bag, LocalPool
 from gigamil.models.encoder import SmallCNN, TileEncoder
 from gigamil.models.slide_model import SlideModel
@@ -107,12 +108,11 @@ def reference(case: Case) -> Outcome:
         image_NCHW = augment_tiles(image_NCHW, tile_key_N, AUGMENT)
     bag = Bag(
         embedding_nD=model.encode(image_NCHW, tile_key_N),
-        slide_index_n=slide_index_N,
         position_n2=torch.zeros(len(number_N), 2, dtype=torch.float64),
-        num_slides=len(case.sizes),
+        sizes=case.sizes,
+        pool=LocalPool(len(number_N)),
         tile_key_n=tile_key_N,
         slide_key_B=slide_key_S,
-        pool=LocalPool(),
     )
     logits_SK, _ = model.classify(bag)
     loss = (cross_entropy(logits_SK, label_S) * weight_S).sum() / weight_S.sum()
@@ -163,7 +163,7 @@ def own_tiles(images: list[Tensor], plan: StepPlan, topology: Topology) -> StepT
     number_n = torch.cat([torch.arange(0), *(torch.arange(span.start, span.stop) for span in spans)])
     side = images[0].shape[1]
     return StepTiles(
-        torch.cat([torch.zeros((0, side, side, 3), dtype=torch.uint8), *picked]),
+        HeldImages(torch.cat([torch.zeros((0, side, side, 3), dtype=torch.uint8), *picked])),
         torch.cat([torch.arange(0), *(torch.full((span.num_tiles,), span.slide) for span in spans)]),
         number_n,
         torch.zeros((len(number_n), 2), dtype=torch.float64),

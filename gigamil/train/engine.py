@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gigamil.errors import EnvironmentFault
-from gigamil.models.bag import Bag
+from gigamil.models.bag import Bag, Pooled
 from gigamil.parallel.topology import Topology, export_topology
 from gigamil.train.step import Ranks
 
@@ -168,9 +168,9 @@ class DeepSpeedEngine:
         result: Tensor = self._engine("encode", image_nCHW, tile_key_n)
         return result
 
-    def classify(self, bag: Bag) -> tuple[Tensor, Tensor]:
-        """Bag -> logits (B, K) and attention (n, A)."""
-        result: tuple[Tensor, Tensor] = self._engine("classify", bag)
+    def classify(self, bag: Bag) -> tuple[Tensor, Pooled]:
+        """Bag -> logits (B, K) and all that the aggregator gave."""
+        result: tuple[Tensor, Pooled] = self._engine("classify", bag)
         return result
 
     def backward(self, scalar: Tensor) -> None:

@@ -1,5 +1,6 @@
 """The training loop: epochs of exact steps, validation, checkpoints; every decision is taken by all ranks together."""
 
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -21,7 +22,7 @@ from gigamil.keyed import text_key
 from gigamil.memory.budget import chunks_to_keep, memory_budget
 from gigamil.metrics import auc
 from gigamil.models.encoder import refuse_train_batchnorm
-from gigamil.models.slide_model import SlideModel, build_model
+from gigamil.models.slide_model import SlideModel, build_model, refuse_small_bags
 from gigamil.partition.schedule import StepPlan, epoch_order, plan_steps
 from gigamil.train.agree import StopSignals, agree, all_or_none, first_rank_says
 from gigamil.train.checkpoint import CheckpointStore
@@ -35,6 +36,7 @@ from gigamil.train.records import git_commit, versions
 from gigamil.train.schedule import learning_rates
 from gigamil.train.step import ExactStep, Ranks, StepResult, measure_chunk_bytes
 
+_log = logging.getLogger("gigamil")
 _MAX_SKIPPED_IN_A_ROW = 3
 
 
@@ -49,7 +51,8 @@ class Progress:
         epochs_without_better: for early stopping.
         skipped_in_a_row: steps whose loss was not finite.
         num_keep: chunks whose graphs are kept; part of the state, so that a resumed run does the same work.
-        memory_settings: what `num_keep` was chosen for; other settings choose anew.
+        chunk: tiles per encoder call, smaller than configured once memory ran out; sums depend on it.
+        memory_settings: what both were chosen for; other settings choose anew.
         metrics_bytes: size of metrics.jsonl at the commit.
         mlflow_run: id of the MLflow run.
     """
@@ -63,6 +66,7 @@ class Progress:
     epochs_without_better: int = 0
     skipped_in_a_row: int = 0
     num_keep: int | None = None
+    chunk: int | None = None
     memory_settings: str = ""
     metrics_bytes: int = 0
     mlflow_run: str | None = None
@@ -101,10 +105,11 @@ class Trainer:
             self.engine.load_state(state)
         self._steps_per_epoch = -(-len(self._train) // config.science.slides_per_step)
         self._num_steps = self._steps_per_epoch * config.science.epochs
-        num_keep = self._choose_num_keep()
-        self.progress = replace(self.progress, num_keep=num_keep, memory_settings=self._memory_settings())
-        self._step = self._make_step(self._train, num_keep)
-        self._evaluator = self._make_step(self._val, 0)
+        chunk, num_keep = self._choose_memory()
+        self.progress = replace(self.progress, chunk=chunk, num_keep=num_keep, memory_settings=self._memory_settings())
+        self._tile_bytes = memory_budget(config.execution.tile_cache, device, ranks.topology.local_size, default=0.25)
+        self._step = self._make_step(self._train, chunk, num_keep)
+        self._evaluator = self._make_step(self._val, chunk, 0)
         self._last_save = time.monotonic()
         self._last_wait = 0.0
         with all_or_none(ranks, device):
@@ -142,6 +147,7 @@ class Trainer:
         model = build_model(science, num_classes)
         model.train()
         refuse_train_batchnorm(model)
+        refuse_small_bags(model, (*self._train.slide_ids, *self._val.slide_ids), (*self._train.sizes, *self._val.sizes))
         if generation is None:
             self._warm_start(model)
             return model, None
@@ -171,16 +177,18 @@ class Trainer:
             )
         model.load_state_dict(found)
 
-    def _make_step(self, slides: SlideSet, num_keep: int) -> ExactStep:
+    def _make_step(self, slides: SlideSet, chunk: int, num_keep: int) -> ExactStep:
         science = self.config.science
         return ExactStep(
             self.engine,
             self._ranks,
             self._loss,
-            chunk=self.config.execution.chunk,
+            chunk=chunk,
             num_keep=num_keep,
             keys=DrawKeys(science.seed, slides.slide_ids),
             augment=partial(augment_tiles, settings=science.augment),
+            cache_bytes=self._tile_bytes,
+            pad=self.config.execution.compile,
         )
 
     def _train_epoch(self) -> None:
@@ -204,7 +212,9 @@ class Trainer:
                 self._report_step(plan, result, rates, seconds, loader)
                 bar.update()
                 bar.set_postfix(loss=f"{result.loss:.4f}")
-                self._refuse_endless_skips(plan, result)
+                if result.skipped:
+                    self._agree(result.error)
+                    self._refuse_endless_skips(plan, result)
 
     def _train_step(self, plan: StepPlan, tiles: StepTiles, train_encoder: bool) -> tuple[StepResult, list[float]]:
         # Layers of others draw from torch's own generator: seeded by the step, it needs no place in a checkpoint.
@@ -291,6 +301,7 @@ class Trainer:
 
     def _save(self, best: bool) -> None:
         state = self.engine.state()  # all ranks take part
+        self._adopt_chunk()
         with all_or_none(self._ranks, self._device):  # also: nobody runs ahead of a commit
             if self._recorder is not None:
                 progress = replace(self.progress, metrics_bytes=self._recorder.sync())
@@ -298,17 +309,30 @@ class Trainer:
                 self._store.commit(state, facts, step=progress.step, best=best)
         self._last_save = time.monotonic()
 
-    def _choose_num_keep(self) -> int:
-        """Chunks whose graphs are kept: measured once, agreed by all ranks, and kept for the life of the run."""
-        execution = self.config.execution
-        if self.progress.num_keep is not None and self.progress.memory_settings == self._memory_settings():
-            return self.progress.num_keep
+    def _choose_memory(self) -> tuple[int, int]:
+        """Tiles per encoder call, and calls whose graphs are kept: measured once and kept for the life of the run."""
+        execution, before = self.config.execution, self.progress
+        if before.num_keep is not None and before.memory_settings == self._memory_settings():
+            return before.chunk or execution.chunk, before.num_keep
         chunk_bytes = measure_chunk_bytes(self.engine, execution.chunk, self.config.slides.tile_px)
         budget = memory_budget(execution.memory_budget, self._device, self._ranks.topology.local_size)
-        num_keep = torch.tensor(chunks_to_keep(execution.memory, chunk_bytes, budget), device=self._device)
-        if self._ranks.world is not None:
-            dist.all_reduce(num_keep, op=dist.ReduceOp.MIN, group=self._ranks.world)
-        return int(num_keep)
+        num_keep = chunks_to_keep(execution.memory, chunk_bytes, budget)
+        return execution.chunk, self._least(num_keep)
+
+    def _adopt_chunk(self) -> None:
+        """Where a rank ran out of memory, all take its smaller chunk: a continued run then sums as this one goes on."""
+        self._step.chunk, self._step.num_keep = self._least(self._step.chunk), self._least(self._step.num_keep)
+        if self._step.chunk != self.progress.chunk and self._recorder is not None:
+            _log.warning("memory ran out: %d tiles per encoder call from now on", self._step.chunk)
+        self.progress = replace(self.progress, chunk=self._step.chunk, num_keep=self._step.num_keep)
+
+    def _least(self, number: int) -> int:
+        """The smallest of all ranks' numbers."""
+        if self._ranks.world is None:
+            return number
+        least = torch.tensor(number, device=self._device)
+        dist.all_reduce(least, op=dist.ReduceOp.MIN, group=self._ranks.world)
+        return int(least)
 
     def _memory_settings(self) -> str:
         execution = self.config.execution
@@ -322,22 +346,27 @@ class Trainer:
     def _loader(self, slides: SlideSet) -> StepLoader:
         prefetch = self.config.execution.prefetch
         tile_px = self.config.slides.tile_px
-        return StepLoader(self.data.shards, slides.slide_ids, tile_px, self._ranks.topology, prefetch)
+        topology = self._ranks.topology
+        return StepLoader(self.data.shards, slides.slide_ids, tile_px, topology, prefetch, self._tile_bytes)
 
     def _is_early_stop(self) -> bool:
         patience = self.config.science.early_stop_epochs
         return patience is not None and self.progress.epochs_without_better >= patience
 
     def _refuse_endless_skips(self, plan: StepPlan, result: StepResult) -> None:
-        if not result.skipped:
-            return
         names = [self._train.slide_ids[plan.slides[position]] for position in result.skipped]
+        where = ""
+        if result.bad_tile is not None:
+            position, number = result.bad_tile
+            where = (
+                f" (the embedding of tile {number} of slide '{self._train.slide_ids[plan.slides[position]]}' is not)"
+            )
         if self._recorder is not None:
             self._recorder.skipped(self.progress.step, names)
         if self.progress.skipped_in_a_row >= _MAX_SKIPPED_IN_A_ROW:
             raise TrainingError(
-                f"loss or gradient not finite in {_MAX_SKIPPED_IN_A_ROW} steps in a row, last for slides {names}. Weights "
-                "are those before these steps. Lower science.optim.lr_*, or look at these slides with `gigamil inspect`."
+                f"loss or gradient not finite in {_MAX_SKIPPED_IN_A_ROW} steps in a row, last for slides {names}{where}. "
+                "Weights are those before these steps. Lower science.optim.lr_*, or look at these slides with `gigamil inspect`."
             )
 
     def _open_records(self, settings: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gigamil.errors import ConfigError
+from gigamil.models.bag import Pooled
 from gigamil.registry import Registry
 
 SlideLoss = Callable[[Tensor, Tensor], Tensor]
@@ -21,6 +22,15 @@ losses: Registry[SlideLoss] = Registry("loss", "gigamil.losses")
 def cross_entropy(logits_BK: Tensor, label_B: Tensor) -> Tensor:
     """-log softmax(logits)[label] per slide, (B,); binary tasks have K = 2."""
     return torch.nn.functional.cross_entropy(logits_BK, label_B, reduction="none")
+
+
+def slide_losses(loss: SlideLoss, logits_BK: Tensor, pooled: Pooled, label_B: Tensor) -> Tensor:
+    """Loss of each slide, (B,): of its logits, and of what else the aggregator learns from (`Pooled`)."""
+    total_B = loss(logits_BK, label_B) * pooled.weight
+    if pooled.extra_logits_MK is not None and pooled.extra_slide_M is not None and pooled.extra_weight_M is not None:
+        extra_M = loss(pooled.extra_logits_MK, label_B[pooled.extra_slide_M]) * pooled.extra_weight_M
+        total_B = total_B.index_add(0, pooled.extra_slide_M, extra_M)
+    return total_B if pooled.loss_B is None else total_B + pooled.loss_B
 
 
 def group_loss(loss_B: Tensor, weight_B: Tensor, world_weight: float, num_groups: int) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gigamil.models.bag import Bag
+from gigamil.models.bag import Bag, Pooled
 
 
 class Engine(Protocol):
@@ -27,8 +27,8 @@ class Engine(Protocol):
         """Tiles -> embeddings, with a graph if grad mode is on."""
         ...
 
-    def classify(self, bag: Bag) -> tuple[Tensor, Tensor]:
-        """Bag -> logits (B, K) and attention (n, A)."""
+    def classify(self, bag: Bag) -> tuple[Tensor, Pooled]:
+        """Bag -> logits (B, K) and all that the aggregator gave."""
         ...
 
     def backward(self, scalar: Tensor) -> None:
@@ -78,9 +78,9 @@ class PlainEngine:
         result: Tensor = self.module("encode", image_nCHW, tile_key_n)
         return result
 
-    def classify(self, bag: Bag) -> tuple[Tensor, Tensor]:
-        """Bag -> logits (B, K) and attention (n, A)."""
-        result: tuple[Tensor, Tensor] = self.module("classify", bag)
+    def classify(self, bag: Bag) -> tuple[Tensor, Pooled]:
+        """Bag -> logits (B, K) and all that the aggregator gave."""
+        result: tuple[Tensor, Pooled] = self.module("classify", bag)
         return result
 
     def backward(self, scalar: Tensor) -> None:

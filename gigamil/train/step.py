@@ -1,29 +1,37 @@
 """The exact step: encode chunks, pool over ranks, one backward through the head, chunks back-propagate, one reduction.
 
-Shapes: n tiles on this rank, S slides of the step, B slides of this rank's group, D embedding, K classes.
+Shapes: n tiles on this rank, c tiles of a chunk, S slides of the step, B slides of this rank's group, D embedding,
+K classes.
 """
 
 import math
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Self, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from gigamil.data.augment import to_float
+from gigamil.data.images import ChunkFeed
 from gigamil.data.pipeline import DrawKeys, StepTiles
+from gigamil.errors import ShardError, TrainingError
 from gigamil.memory.budget import SavedBytes
-from gigamil.memory.replay import EncodedChunk, backward_chunk, encode_chunk
-from gigamil.models.bag import Bag, LocalPool, Pool
+from gigamil.memory.replay import EncodedChunk, chunk_with_graph, cotangent_product, encode_chunk
+from gigamil.models.aggregator import min_tiles
+from gigamil.models.bag import Bag, LocalPool, Pool, Pooled
 from gigamil.parallel.pooling import GroupPool
 from gigamil.parallel.topology import Topology
 from gigamil.partition.schedule import StepPlan
 from gigamil.partition.spans import chunk_ranges
-from gigamil.train.loss import SlideLoss, group_loss
+from gigamil.train.loss import SlideLoss, group_loss, slide_losses
 from gigamil.train.plain import Engine
 
 Prepare = Callable[[Tensor, Tensor], Tensor]
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -40,9 +48,15 @@ class Ranks:
     world: dist.ProcessGroup | None = None
     group: dist.ProcessGroup | None = None
 
-    def pool(self) -> Pool:
-        """How bags are pooled: over the group, or locally."""
-        return LocalPool() if self.group is None or self.topology.group_size == 1 else GroupPool(self.group)
+    def pool(self, counts: Sequence[int]) -> Pool:
+        """How bags are pooled: over the group, or locally.
+
+        Args:
+            counts: tiles of each rank of the group.
+        """
+        if self.group is None or self.topology.group_size == 1:
+            return LocalPool(sum(counts))
+        return GroupPool(self.group, counts, self.topology.group_rank)
 
     def sum_world(self, values: Tensor) -> Tensor:
         """Sum over all ranks; not differentiable."""
@@ -53,25 +67,8 @@ class Ranks:
 
 
 @dataclass(frozen=True)
-class ForwardPass:
-    """Result of encoding and pooling one step's slides on this rank.
-
-    Attributes:
-        chunks: one per encoder call, own chunks first, then blank ones.
-        embedding_nD: leaf that receives dL/dh; float32 or wider.
-        logits_BK: of the group's slides, equal on all its ranks.
-        attention_nA: of this rank's tiles.
-    """
-
-    chunks: list[EncodedChunk]
-    embedding_nD: Tensor
-    logits_BK: Tensor
-    attention_nA: Tensor
-
-
-@dataclass(frozen=True)
 class StepResult:
-    """What a training step reports; equal on all ranks.
+    """What a training step reports; equal on all ranks, but for `error`.
 
     Attributes:
         loss: weighted mean over the step's slides.
@@ -79,27 +76,58 @@ class StepResult:
         skipped: positions of slides whose loss is not finite, or all of them if the gradient is not; if any, no rank
             changed its weights.
         grad_norm: of the whole gradient, before clipping; 0 if a loss was not finite.
+        bad_tile: (position of its slide, its number) of the first tile whose embedding is not finite, on the lowest
+            rank that has one; None without any.
+        error: what this rank met when it read its tiles; the step was skipped on all ranks.
     """
 
     loss: float
     slide_loss_S: Tensor
     skipped: tuple[int, ...]
     grad_norm: float
+    bad_tile: tuple[int, int] | None = None
+    error: Exception | None = None
+
+
+class OutOfMemory(Exception):
+    """All ranks agreed to make the step again with smaller chunks."""
+
+
+@dataclass
+class _Pass:
+    """One step's slides on this rank, encoded and pooled.
+
+    Attributes:
+        chunks: one per encoder call, in row order, blank ones last.
+        embedding_nD: leaf that receives dL/dh; float32 or wider.
+        bag: of the group's slides.
+        logits_BK: of the group's slides, equal on all its ranks.
+        pooled: all that the aggregator gave.
+    """
+
+    chunks: list[EncodedChunk]
+    embedding_nD: Tensor
+    bag: Bag
+    logits_BK: Tensor
+    pooled: Pooled
 
 
 class ExactStep:
-    """One optimiser step over the slides of a plan, on all their tiles.
+    """One optimiser step over the slides of a plan, with the gradient of full-bag autograd.
 
     Args:
-        engine: model, gradients, optimiser.
-        ranks: process groups.
-        loss: per-slide loss.
-        chunk: tiles per encoder call.
-        num_keep: chunks whose graphs are kept; the others are encoded twice. Equal on all ranks.
-        keys: draws of augmentation and dropout.
+        engine: model, gradients and optimiser.
+        ranks: who pools with whom.
+        loss: (logits, label) -> one number per slide.
+        chunk: tiles per encoder call; equal on all ranks. Halved when the device runs out of memory.
+        num_keep: chunks whose graphs are kept for backward; the others are encoded twice. Equal on all ranks.
+        keys: draws of augmentation and dropout, and names of the slides.
         augment: (image in 0..1, tile keys) -> image; None leaves tiles as they are.
-    Cost: with kept fraction f of the chunks, (4 - f) encoder forwards per tile; the head runs once. Two all-reduces of
-        B A (D + 2) numbers forward, one backward, one of S numbers, and the engine's gradient reduction.
+        cache_bytes: memory of the device for tiles that are needed in both passes and cannot be held as they come.
+        pad: fill the last chunk up with blank tiles, for a compiled encoder, which wants one shape.
+    Cost: with kept fraction f of the chunks, (4 - f) encoder forwards per tile; the head runs once. The aggregator's
+        reductions (docs/aggregators.md), one of S numbers, and the engine's gradient reduction. On a GPU the first wait
+        for it is for the norm, after the last backward.
     Source: Ilse et al. 2018, arXiv:1802.04712 (model); Andersson et al. 2022, arXiv:2203.03981 (accumulation).
     """
 
@@ -113,14 +141,18 @@ class ExactStep:
         num_keep: int,
         keys: DrawKeys,
         augment: Prepare | None = None,
+        cache_bytes: int = 0,
+        pad: bool = False,
     ) -> None:
         self.engine = engine
+        self.chunk = chunk
         self.num_keep = num_keep
         self._ranks = ranks
         self._loss = loss
-        self._chunk = chunk
         self._keys = keys
         self._augment = augment
+        self._cache_bytes = cache_bytes
+        self._pad = pad
 
     def train(
         self,
@@ -142,112 +174,319 @@ class ExactStep:
             step: number of the optimiser step, for the draws.
             learning_rates: one per parameter group.
             train_encoder: False leaves the encoder without a gradient (its learning rate must be 0).
+        Raises:
+            TrainingError: the device has no memory for a single tile; on all ranks.
         """
-        slide_key_S = self._keys.slides(step, plan.slides)
-        forward = self._forward(plan, tiles, slide_key_S, keep=train_encoder)
-        mine = list(plan.groups[self._ranks.topology.group])
-        loss_B = self._loss(forward.logits_BK, label_S[mine].to(self.engine.device))
-        slide_loss_S = self._gather_losses(loss_B, mine, len(plan.slides))
-        skipped = tuple(int(i) for i in torch.nonzero(~torch.isfinite(slide_loss_S)).flatten())
-        mean_loss = float((slide_loss_S * weight_S).sum() / weight_S.sum())
-        if skipped:
-            return StepResult(mean_loss, slide_loss_S, skipped, 0.0)
+        while True:
+            calls = _Calls(self, plan, tiles, self._keys.slides(step, plan.slides))
+            try:
+                with calls:
+                    return self._train(calls, label_S, weight_S, learning_rates, train_encoder)
+            except OutOfMemory:
+                self._halve(calls.size)
 
-        weight_B = weight_S[mine].to(loss_B)
-        scalar = group_loss(loss_B, weight_B, float(weight_S.sum()), self._ranks.topology.num_groups)
+    def _train(
+        self,
+        calls: "_Calls",
+        label_S: Tensor,
+        weight_S: Tensor,
+        learning_rates: Sequence[float],
+        train_encoder: bool,
+    ) -> StepResult:
+        topology, plan = self._ranks.topology, calls.plan
+        mine = list(plan.groups[topology.group])
+        label_B = label_S[mine].to(self.engine.device)
+        forward = self._forward(calls, label_B, keep=train_encoder)
+        if not mine:  # the blank slide
+            label_B = label_B.new_zeros(1)
+        loss_B = slide_losses(self._loss, forward.logits_BK, forward.pooled, label_B)
+        weight_B = weight_S[mine].to(loss_B) if mine else torch.zeros_like(loss_B)
+        # A loss that is not finite must not pass for a gradient: 1 + 0 x inf is NaN, and a NaN anywhere skips the step.
+        weight_B = weight_B * (1 + 0 * loss_B.detach())
+        scalar = group_loss(loss_B, weight_B, float(weight_S.sum()), topology.num_groups)
         with self.engine.one_reduction():
             self.engine.backward(scalar)
             if train_encoder:
-                self._backward_encoder(tiles, slide_key_S[mine], forward)
+                self._backward_encoder(calls, forward)
         norm = self.engine.step(learning_rates)
-        # The gradient is the world's, so all ranks see the same norm; no slide alone is to blame.
-        skipped = () if math.isfinite(norm) else tuple(range(len(plan.slides)))
-        return StepResult(mean_loss, slide_loss_S, skipped, norm)
+        slide_loss_S = self._gather_losses(loss_B, mine, len(plan.slides))
+        skipped = tuple(int(i) for i in torch.nonzero(~torch.isfinite(slide_loss_S)).flatten())
+        mean_loss = float((slide_loss_S * weight_S).sum() / weight_S.sum())
+        if math.isfinite(norm) and not skipped:
+            return StepResult(mean_loss, slide_loss_S, (), norm)
+        # The gradient is the world's, so all ranks are here; no slide alone is to blame for a norm.
+        bad_tile = self._find_blame(calls, forward)
+        return StepResult(
+            mean_loss,
+            slide_loss_S,
+            skipped or tuple(range(len(plan.slides))),
+            0.0 if skipped else norm,
+            bad_tile,
+            calls.error,
+        )
 
     @torch.no_grad()
     def evaluate(self, plan: StepPlan, tiles: StepTiles) -> tuple[Tensor, Tensor]:
         """Logits (S, K) of a plan's slides, float64 and equal on all ranks, and attention (n, A) of this rank's tiles.
 
-        No augmentation and no dropout.
+        No augmentation and no dropout. Attention sums to 1 over a slide's tiles; where the aggregator has a column per
+        class, the column of the class that it predicts for the slide is given.
+
+        Raises:
+            TrainingError: an embedding is not finite; names slide and tile, on all ranks.
         """
-        forward = self._forward(plan, tiles, None, keep=False)
-        mine = list(plan.groups[self._ranks.topology.group])
+        while True:
+            calls = _Calls(self, plan, tiles, None)
+            try:
+                with calls:
+                    return self._evaluate(calls)
+            except OutOfMemory:
+                self._halve(calls.size)
+
+    def _evaluate(self, calls: "_Calls") -> tuple[Tensor, Tensor]:
+        plan, mine = calls.plan, list(calls.plan.groups[self._ranks.topology.group])
+        forward = self._forward(calls, None, keep=False)
         logits_SK = forward.logits_BK.new_zeros((len(plan.slides), forward.logits_BK.shape[1]), dtype=torch.float64)
         if self._ranks.topology.group_rank == 0:  # one rank of each group speaks for it
-            logits_SK[mine] = forward.logits_BK.double()
-        return self._ranks.sum_world(logits_SK), forward.attention_nA
+            logits_SK[mine] = forward.logits_BK.double()[: len(mine)]
+        logits_SK = self._ranks.sum_world(logits_SK)
+        if calls.error is not None:
+            raise calls.error
+        if not torch.isfinite(logits_SK).all():
+            bad_tile = self._find_blame(calls, forward)
+            if bad_tile is not None:
+                slide_id = self._keys.slide_ids[plan.slides[bad_tile[0]]]
+                raise TrainingError(f"slide '{slide_id}': the embedding of tile {bad_tile[1]} is not finite")
+        return logits_SK, _attention(forward)
 
-    def _forward(self, plan: StepPlan, tiles: StepTiles, slide_key_S: Tensor | None, keep: bool) -> ForwardPass:
-        mine = list(plan.groups[self._ranks.topology.group])
-        slide_key_B = None if slide_key_S is None else slide_key_S[mine]
-        tile_key_n = None
-        if slide_key_B is not None:
-            tile_key_n = DrawKeys.tiles(slide_key_B, tiles.slide_index_n, tiles.number_n).to(self.engine.device)
-        chunks = [
-            encode_chunk(self._call(tiles, tile_key_n, start, stop), keep and number < self.num_keep)
-            for number, (start, stop) in enumerate(self._calls(plan, tiles.num_tiles))
-        ]
-        embedding_cD = torch.cat([chunk.embedding_cD for chunk in chunks])[: tiles.num_tiles]
-        embedding_nD = embedding_cD.to(torch.promote_types(embedding_cD.dtype, torch.float32))
+    def _forward(self, calls: "_Calls", label_B: Tensor | None, keep: bool) -> _Pass:
+        plan, group = calls.plan, self._ranks.topology.group
+        chunks, embedding_nD = calls.encode_all(keep)
         embedding_nD.requires_grad_(torch.is_grad_enabled())
+        if not plan.groups[group]:
+            return self._forward_blank(chunks, embedding_nD, label_B)
         bag = Bag(
             embedding_nD=embedding_nD,
-            slide_index_n=tiles.slide_index_n.to(self.engine.device),
-            position_n2=tiles.position_n2.to(self.engine.device),
-            num_slides=len(mine),
-            tile_key_n=tile_key_n,
-            slide_key_B=None if slide_key_B is None else slide_key_B.to(self.engine.device),
-            pool=self._ranks.pool(),
+            position_n2=calls.tiles.position_n2.to(self.engine.device),
+            sizes=plan.group_sizes(group),
+            pool=self._ranks.pool(plan.counts(group)),
+            tile_key_n=calls.tile_key_n,
+            slide_key_B=calls.slide_key_B,
+            label_B=label_B,
         )
-        logits_BK, attention_nA = self.engine.classify(bag)
-        return ForwardPass(chunks, embedding_nD, logits_BK, attention_nA)
+        logits_BK, pooled = self.engine.classify(bag)
+        return _Pass(chunks, embedding_nD, bag, logits_BK, pooled)
 
-    def _backward_encoder(self, tiles: StepTiles, slide_key_B: Tensor, forward: ForwardPass) -> None:
-        tile_key_n = DrawKeys.tiles(slide_key_B, tiles.slide_index_n, tiles.number_n).to(self.engine.device)
+    def _forward_blank(self, chunks: list[EncodedChunk], embedding_nD: Tensor, label_B: Tensor | None) -> _Pass:
+        """A group without slides makes the same calls as the others, on one blank slide that nobody looks at."""
+        topology, device = self._ranks.topology, self.engine.device
+        size = min_tiles(self.engine.module.aggregator)  # type: ignore[arg-type]
+        own = size if topology.group_rank == 0 else 0
+        is_training = label_B is not None
+        bag = Bag(
+            embedding_nD=torch.cat([embedding_nD, embedding_nD.new_zeros((own, embedding_nD.shape[1]))]),
+            position_n2=torch.zeros((own, 2), dtype=torch.float64, device=device),
+            sizes=(size,),
+            pool=self._ranks.pool([size] + [0] * (topology.group_size - 1)),
+            tile_key_n=torch.zeros(own, dtype=torch.int64, device=device) if is_training else None,
+            slide_key_B=torch.zeros(1, dtype=torch.int64, device=device) if is_training else None,
+            label_B=torch.zeros(1, dtype=torch.int64, device=device) if is_training else None,
+        )
+        logits_BK, pooled = self.engine.classify(bag)
+        return _Pass(chunks, embedding_nD, bag, logits_BK, pooled)
+
+    def _backward_encoder(self, calls: "_Calls", forward: _Pass) -> None:
         cotangent_nD = forward.embedding_nD.grad
         if cotangent_nD is None:  # a rank without tiles: nothing of the head depends on its leaf
             cotangent_nD = torch.zeros_like(forward.embedding_nD)
-        start = 0
-        for chunk in forward.chunks:
-            stop = min(start + len(chunk.embedding_cD), tiles.num_tiles)
-            cotangent_cD = cotangent_nD[start:stop]
-            if start == stop:  # a blank chunk takes part with a zero cotangent
-                cotangent_cD = torch.zeros_like(chunk.embedding_cD, dtype=cotangent_nD.dtype)
-            backward_chunk(chunk, self._call(tiles, tile_key_n, start, stop), cotangent_cD, self.engine.backward)
-            start = stop
+        for number, chunk in enumerate(forward.chunks):
+            upcoming = forward.chunks[number + 1 :]
+            cotangent_cD = cotangent_nD[chunk.start : chunk.stop]
+            if not calls.backward(chunk, cotangent_cD, next((c for c in upcoming if c.graph_cD is None), None)):
+                return
 
-    def _calls(self, plan: StepPlan, num_tiles: int) -> list[tuple[int, int]]:
+    def _find_blame(self, calls: "_Calls", forward: _Pass) -> tuple[int, int] | None:
+        """Why a step came to nothing: first tile with an embedding that is not finite, or too little memory.
+
+        Raises:
+            OutOfMemory: on all ranks, if some rank ran out of it.
+        """
+        topology, plan = self._ranks.topology, calls.plan
+        found = torch.full((topology.world_size, 3), -1, dtype=torch.float64, device=self.engine.device)
+        found *= torch.arange(topology.world_size, device=self.engine.device)[:, None] == topology.rank
+        bad = torch.nonzero(~torch.isfinite(forward.embedding_nD).all(1)).flatten()
+        if len(bad) and calls.error is None:
+            slide = int(calls.tiles.slide_index_n[bad[0]])
+            position = plan.groups[topology.group][slide]
+            found[topology.rank, :2] = torch.tensor([position, int(calls.tiles.number_n[bad[0]])])
+        found[topology.rank, 2] = float(calls.is_out_of_memory)
+        found = self._ranks.sum_world(found).cpu()
+        if found[:, 2].sum() > 0:
+            raise OutOfMemory
+        tiles = [(int(position), int(number)) for position, number, _ in found.tolist() if number >= 0]
+        return tiles[0] if tiles else None
+
+    def _halve(self, tried: int) -> None:
+        if tried == 1:
+            raise TrainingError(
+                "the device has no memory for a single tile. Set execution.activation_checkpointing, take a smaller "
+                "encoder or smaller tiles, or see `gigamil plan`."
+            )
+        self.chunk = tried // 2
+        self.num_keep = 0
+        if self.engine.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _gather_losses(self, loss_B: Tensor, mine: list[int], num_slides: int) -> Tensor:
+        loss_S = torch.zeros(num_slides, dtype=torch.float64, device=self.engine.device)
+        if self._ranks.topology.group_rank == 0:
+            loss_S[mine] = loss_B.detach().double()[: len(mine)]
+        return self._ranks.sum_world(loss_S).cpu()
+
+
+class _Calls:
+    """The encoder calls of one step on this rank.
+
+    What a rank meets alone must not keep it from the collectives that the others are in. Tiles that cannot be read
+    become NaN, and so does the gradient of a chunk whose backward ran out of memory: the world's norm is then NaN, no
+    rank changes its weights, and afterwards all ask each other why.
+
+    Args:
+        step: settings.
+        plan, tiles: of the step.
+        slide_key_S: keys of the draws; None outside training.
+    """
+
+    def __init__(self, step: ExactStep, plan: StepPlan, tiles: StepTiles, slide_key_S: Tensor | None) -> None:
+        self.plan, self.tiles = plan, tiles
+        self.size = step.chunk
+        self.error: Exception | None = None
+        self.is_out_of_memory = False
+        self._step = step
+        self._engine = step.engine
+        self._feed = ChunkFeed(tiles.images, step.engine.device, step._cache_bytes)
+        self._upcoming: tuple[int, int] | None = None
+        self.slide_key_B: Tensor | None = None
+        self.tile_key_n: Tensor | None = None
+        if slide_key_S is not None:
+            slide_key_B = slide_key_S[list(plan.groups[step._ranks.topology.group])]
+            self.slide_key_B = slide_key_B.to(self._engine.device)
+            keys = DrawKeys.tiles(slide_key_B, tiles.slide_index_n, tiles.number_n)
+            self.tile_key_n = keys.to(self._engine.device)
+
+    def __enter__(self) -> Self:
+        self._feed.__enter__()
+        return self
+
+    def __exit__(self, *words: object) -> None:
+        self._feed.__exit__(*words)
+
+    def encode_all(self, keep: bool) -> tuple[list[EncodedChunk], Tensor]:
+        """First pass over all tiles: the chunks and the embeddings (n, D), a leaf of float32 or wider."""
+        num_tiles = self.tiles.num_tiles
+        embedding_nD: Tensor | None = None
+        chunks: list[EncodedChunk] = []
+        todo = deque(self._ranges())
+        while todo:
+            start, stop = todo.popleft()
+            self._upcoming = next((rows for rows in todo if rows[0] < rows[1]), None)
+            keeps = keep and len(chunks) < self._step.num_keep
+            found = _unless_out_of_memory(partial(encode_chunk, self._encode, start, stop, keeps))
+            if self._engine.equal_calls and self._anywhere(found is None):
+                raise OutOfMemory
+            if found is None:
+                todo.extendleft(reversed(self._smaller(start, stop, keeps)))
+                continue
+            chunk, embedding_cD = found
+            chunks.append(chunk)
+            if embedding_nD is None:
+                dtype = torch.promote_types(embedding_cD.dtype, torch.float32)
+                embedding_nD = embedding_cD.new_empty((num_tiles, embedding_cD.shape[1]), dtype=dtype)
+            embedding_nD[start:stop] = embedding_cD[: stop - start]
+        assert embedding_nD is not None  # every rank makes one call at least
+        return chunks, embedding_nD
+
+    def backward(self, chunk: EncodedChunk, cotangent_cD: Tensor, upcoming: EncodedChunk | None) -> bool:
+        """Back-propagate dL/dh of a chunk into the encoder; False gives up the step, on all ranks if it must."""
+        self._upcoming = None if upcoming is None else (upcoming.start, upcoming.stop)
+        graph_cD = _unless_out_of_memory(partial(chunk_with_graph, chunk, self._encode))
+        if graph_cD is None and not self._engine.equal_calls and chunk.stop - chunk.start > 1:
+            return self._backward_halves(chunk, cotangent_cD)  # nothing was added to the gradients yet
+        done = graph_cD is not None
+        if graph_cD is not None:
+            if chunk.start == chunk.stop:  # a blank chunk takes part with a zero cotangent
+                cotangent_cD = cotangent_cD.new_zeros(graph_cD.shape)
+            product = cotangent_product(graph_cD, cotangent_cD)
+            # In a backward that breaks off, a part of the gradients may have been added.
+            done = _unless_out_of_memory(partial(_backward, self._engine, product)) is not None
+            del graph_cD, product
+        lost = self._anywhere(not done) if self._engine.equal_calls else not done
+        if lost:
+            self.is_out_of_memory = True
+            self._poison(cotangent_cD)
+        return not lost
+
+    def _backward_halves(self, chunk: EncodedChunk, cotangent_cD: Tensor) -> bool:
+        middle = (chunk.start + chunk.stop) // 2
+        self._step._halve(chunk.stop - chunk.start)
+        parts = (
+            (EncodedChunk(chunk.start, middle, None, chunk.random_state), cotangent_cD[: middle - chunk.start]),
+            (EncodedChunk(middle, chunk.stop, None, chunk.random_state), cotangent_cD[middle - chunk.start :]),
+        )
+        return all(self.backward(half, cotangent, None) for half, cotangent in parts)
+
+    def _ranges(self) -> list[tuple[int, int]]:
         """Tile ranges of this rank's encoder calls; empty ranges are blank tiles.
 
         Every rank makes one call at least, so that all of its parameters have a gradient to reduce. Where parameters
         are gathered per call (ZeRO 3), every rank of the world makes as many as the busiest.
         """
-        ranges = list(chunk_ranges(num_tiles, self._chunk))
-        wanted = plan.max_calls(self._chunk) if self.engine.equal_calls else 1
-        return ranges + [(num_tiles, num_tiles)] * (wanted - len(ranges))
+        ranges = list(chunk_ranges(self.tiles.num_tiles, self.size))
+        wanted = self.plan.max_calls(self.size) if self._engine.equal_calls else 1
+        return ranges + [(self.tiles.num_tiles, self.tiles.num_tiles)] * (wanted - len(ranges))
 
-    def _call(self, tiles: StepTiles, tile_key_n: Tensor | None, start: int, stop: int) -> Callable[[], Tensor]:
-        def encode() -> Tensor:
-            if start == stop:
-                side = tiles.image_nHWC.shape[1]
-                blank = torch.zeros((1, 3, side, side), dtype=self.engine.dtype, device=self.engine.device)
-                key = None if tile_key_n is None else torch.zeros(1, dtype=torch.int64, device=self.engine.device)
-                return self.engine.encode(blank, key)
-            image_cCHW = to_float(tiles.image_nHWC[start:stop].to(self.engine.device), self.engine.dtype)
-            if tile_key_n is None:
-                return self.engine.encode(image_cCHW, None)
-            if self._augment is not None:
-                with torch.no_grad():
-                    image_cCHW = self._augment(image_cCHW, tile_key_n[start:stop])
-            return self.engine.encode(image_cCHW, tile_key_n[start:stop])
+    def _smaller(self, start: int, stop: int, kept: bool) -> list[tuple[int, int]]:
+        """What to try in place of a call that did not fit: the same without its graph, then halves of it."""
+        if kept:
+            self._step.num_keep = 0
+            return [(start, stop)]
+        self._step._halve(max(1, stop - start))
+        self.size = self._step.chunk
+        return [(start + a, start + b) for a, b in chunk_ranges(stop - start, self.size)]
 
-        return encode
+    def _poison(self, like: Tensor) -> None:
+        """Make the gradient NaN by a blank tile, so that no rank uses it."""
+        graph_cD = self._encode(self.tiles.num_tiles, self.tiles.num_tiles)
+        self._engine.backward(cotangent_product(graph_cD, like.new_full(graph_cD.shape, torch.nan)))
 
-    def _gather_losses(self, loss_B: Tensor, mine: list[int], num_slides: int) -> Tensor:
-        loss_S = torch.zeros(num_slides, dtype=torch.float64, device=self.engine.device)
-        if self._ranks.topology.group_rank == 0:
-            loss_S[mine] = loss_B.detach().double()
-        return self._ranks.sum_world(loss_S).cpu()
+    def _anywhere(self, flag: bool) -> bool:
+        flags = torch.tensor([float(flag)], device=self._engine.device)
+        return bool(self._step._ranks.sum_world(flags))
+
+    def _encode(self, start: int, stop: int) -> Tensor:
+        """Embeddings of rows start..stop - 1; no rows give that of one blank tile."""
+        if start == stop:
+            side = self.tiles.images.side
+            return self._call(torch.zeros((1, side, side, 3), dtype=torch.uint8, device=self._engine.device), None, 1)
+        try:
+            image_cHWC = self._feed.get(start, stop, self._upcoming)
+        except (ShardError, OSError) as error:
+            self.error = self.error or error
+            side = self.tiles.images.side
+            image_cHWC = torch.full((stop - start, side, side, 3), torch.nan, device=self._engine.device)
+        return self._call(image_cHWC, None if self.tile_key_n is None else self.tile_key_n[start:stop], stop - start)
+
+    def _call(self, image_cHWC: Tensor, tile_key_c: Tensor | None, rows: int) -> Tensor:
+        if self.tile_key_n is not None and tile_key_c is None:
+            tile_key_c = torch.zeros(rows, dtype=torch.int64, device=self._engine.device)
+        if self._step._pad and rows < self.size:
+            image_cHWC = _padded(image_cHWC, self.size)
+            tile_key_c = None if tile_key_c is None else _padded(tile_key_c, self.size)
+        image_cCHW = to_float(image_cHWC, self._engine.dtype)
+        if tile_key_c is not None and self._step._augment is not None:
+            with torch.no_grad():
+                image_cCHW = self._step._augment(image_cCHW, tile_key_c)
+        return self._engine.encode(image_cCHW, tile_key_c)[:rows]
 
 
 def measure_chunk_bytes(engine: Engine, chunk: int, tile_px: int) -> int:
@@ -257,3 +496,33 @@ def measure_chunk_bytes(engine: Engine, chunk: int, tile_px: int) -> int:
     with SavedBytes(engine.module) as saved:
         engine.encode(image, key)
     return saved.total
+
+
+def _attention(forward: _Pass) -> Tensor:
+    """Attention (n, A) that sums to 1 over a slide, from what the aggregator gave."""
+    pooled, bag = forward.pooled, forward.bag
+    weight_nA = pooled.attention_nA
+    if weight_nA is None:
+        assert pooled.score_nA is not None, "an aggregator gives attention or scores"
+        weight_nA = bag.segment_softmax(pooled.score_nA)
+    if pooled.per_class:
+        predicted_n = forward.logits_BK.argmax(1)[bag.slide_index_n]
+        weight_nA = weight_nA.gather(1, predicted_n[:, None])
+    return weight_nA
+
+
+def _unless_out_of_memory(function: Callable[[], Result]) -> Result | None:
+    """What the function returns; None if the device has no memory for it."""
+    try:
+        return function()
+    except torch.OutOfMemoryError:
+        return None
+
+
+def _backward(engine: Engine, scalar: Tensor) -> bool:
+    engine.backward(scalar)
+    return True
+
+
+def _padded(values_cX: Tensor, rows: int) -> Tensor:
+    return torch.cat([values_cX, values_cX.new_zeros((rows - len(values_cX), *values_cX.shape[1:]))])

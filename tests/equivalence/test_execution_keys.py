@@ -26,6 +26,7 @@ SAME_SUMS: dict[str, dict[str, Any]] = {
     "no prefetch": {"prefetch": 0},
     "timeout": {"timeout_s": 50},
     "budget": {"memory_budget": 1e9},
+    "tiles decoded again": {"tile_cache": 0, "memory": "replay"},
 }
 OTHER_SUMS: dict[str, dict[str, Any]] = {
     "chunk 5": {"chunk": 5},

@@ -1,0 +1,134 @@
+"""The pixels of this rank's tiles of a step: held as uint8, or read and decoded again whenever they are asked for.
+
+Shapes: n tiles on this rank, c tiles of a chunk, H W image.
+"""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol, Self
+
+import torch
+from torch import Tensor
+
+
+class TileImages(Protocol):
+    """Tiles by row.
+
+    Attributes:
+        side: H = W.
+        held: they lie in memory, and reading them costs nothing.
+    """
+
+    side: int
+    held: bool
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """uint8 RGB (c, H, W, 3) of rows start..stop - 1."""
+        ...
+
+
+class HeldImages:
+    """All tiles in one tensor.
+
+    Args:
+        image_nHWC: uint8 RGB.
+    """
+
+    held = True
+
+    def __init__(self, image_nHWC: Tensor) -> None:
+        self.image_nHWC = image_nHWC
+        self.side = image_nHWC.shape[1]
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """A view."""
+        return self.image_nHWC[start:stop]
+
+
+class StoredImages:
+    """Tiles that are read and decoded each time, because all of them together would take too much memory.
+
+    Args:
+        spans: (slide id, first tile, one past the last) of this rank's runs, in row order.
+        side: H = W.
+        decode: (slide id, first tile, one past the last) -> uint8 (c, H, W, 3).
+    """
+
+    held = False
+
+    def __init__(self, spans: Sequence[tuple[str, int, int]], side: int, decode: Callable[[str, int, int], Tensor]):
+        self.side = side
+        self._spans = spans
+        self._decode = decode
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Read and decode."""
+        parts, row = [torch.empty((0, self.side, self.side, 3), dtype=torch.uint8)], 0
+        for slide_id, first, last in self._spans:
+            a, b = max(start - row, 0), min(stop - row, last - first)
+            if a < b:
+                parts.append(self._decode(slide_id, first + a, first + b))
+            row += last - first
+        return torch.cat(parts)
+
+
+class ChunkFeed:
+    """Chunks of a step's tiles on the device; the next one is read and copied while this one computes.
+
+    Args:
+        images: tiles of the step.
+        device: where they are wanted.
+        cache_bytes: memory of the device for chunks that are asked for twice.
+    """
+
+    def __init__(self, images: TileImages, device: torch.device, cache_bytes: int) -> None:
+        self._images = images
+        self._device = device
+        self._left = cache_bytes
+        self._cached: dict[tuple[int, int], Tensor] = {}
+        self._ahead: tuple[tuple[int, int], Future[Tensor]] | None = None
+        # Views of main memory need no thread.
+        self._is_free = images.held and device.type == "cpu"
+        self._thread = None if self._is_free else ThreadPoolExecutor(1, "gigamil-chunks")
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._thread is not None:
+            self._thread.shutdown(cancel_futures=True)
+
+    def get(self, start: int, stop: int, upcoming: tuple[int, int] | None = None) -> Tensor:
+        """uint8 (c, H, W, 3) of rows start..stop - 1 on the device.
+
+        Args:
+            upcoming: rows that will be asked for next; they are prepared meanwhile.
+        """
+        if self._thread is None:
+            return self._images.read(start, stop)
+        rows, ahead = (start, stop), self._ahead
+        self._ahead = None
+        if rows in self._cached:
+            image = self._cached[rows]
+        else:
+            image = ahead[1].result() if ahead is not None and ahead[0] == rows else self._load(start, stop)
+            if image.nbytes <= self._left:
+                self._left -= image.nbytes
+                self._cached[rows] = image
+        if ahead is not None and ahead[0] == upcoming:
+            self._ahead = ahead
+        elif upcoming is not None and upcoming not in self._cached:
+            self._ahead = upcoming, self._thread.submit(self._load, *upcoming)
+        if self._stream is not None:  # the copy runs beside the computation, which has to wait for its end
+            current = torch.cuda.current_stream(self._device)
+            current.wait_stream(self._stream)
+            image.record_stream(current)
+        return image
+
+    def _load(self, start: int, stop: int) -> Tensor:
+        image = self._images.read(start, stop)
+        if self._stream is None:
+            return image.to(self._device)
+        with torch.cuda.stream(self._stream):
+            return image.pin_memory().to(self._device, non_blocking=True)
