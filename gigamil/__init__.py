@@ -18,9 +18,10 @@ if TYPE_CHECKING:
     from gigamil.evaluate.predict import predict_slides as predict_slides
     from gigamil.models.aggregator import aggregators as aggregators
     from gigamil.models.bag import Bag as Bag
+    from gigamil.models.bag import Pooled as Pooled
     from gigamil.models.dropout import KeyedDropout as KeyedDropout
-    from gigamil.models.encoder import FrozenStatistics as FrozenStatistics
     from gigamil.models.encoder import encoders as encoders
+    from gigamil.models.networks import FrozenStatistics as FrozenStatistics
     from gigamil.models.slide_model import SlideModel as SlideModel
     from gigamil.pipeline import draw_heatmaps as draw_heatmaps
     from gigamil.pipeline import evaluate_model as evaluate_model
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from gigamil.train.api import train_model as train_model
     from gigamil.train.loop import Trainer as Trainer
     from gigamil.train.loss import losses as losses
+    from gigamil.train.plan import Plan as Plan
+    from gigamil.train.plan import plan_run as plan_run
 
 __version__ = "0.1.0"
 
@@ -44,9 +47,10 @@ _HOMES = {
     "doctor": ("run_doctor",),
     "evaluate.predict": ("load_model", "predict_slides"),
     "models.aggregator": ("aggregators",),
-    "models.bag": ("Bag",),
+    "models.bag": ("Bag", "Pooled"),
     "models.dropout": ("KeyedDropout",),
-    "models.encoder": ("FrozenStatistics", "encoders"),
+    "models.encoder": ("encoders",),
+    "models.networks": ("FrozenStatistics",),
     "models.slide_model": ("SlideModel",),
     "pipeline": ("draw_heatmaps", "evaluate_model", "run_pipeline", "split_cohort"),
     "shards.read": ("ShardSet",),
@@ -55,6 +59,7 @@ _HOMES = {
     "train.api": ("train_model",),
     "train.loop": ("Trainer",),
     "train.loss": ("losses",),
+    "train.plan": ("Plan", "plan_run"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -62,6 +67,8 @@ __all__ = [
     "Bag",
     "FrozenStatistics",
     "KeyedDropout",
+    "Plan",
+    "Pooled",
     "RunConfig",
     "ShardSet",
     "SlideModel",
@@ -76,6 +83,7 @@ __all__ = [
     "load_model",
     "losses",
     "open_slide",
+    "plan_run",
     "predict_slides",
     "run_demo",
     "run_doctor",

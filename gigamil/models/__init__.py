@@ -1,10 +1,10 @@
 """Models: ordinary single-process modules, the reference for every test."""
 
-from gigamil.models.aggregator import aggregators
 from gigamil.models.aggregators.attention import GatedAttention
 from gigamil.models.bag import Bag, LocalPool, Pooled, softmax_pool
 from gigamil.models.dropout import KeyedDropout
-from gigamil.models.encoder import FrozenStatistics, SmallCNN, TileEncoder, encoders
+from gigamil.models.encoder import SmallCNN, TileEncoder
+from gigamil.models.networks import FrozenStatistics
 from gigamil.models.slide_model import SlideModel, build_model
 
 __all__ = [
@@ -17,8 +17,6 @@ __all__ = [
     "SlideModel",
     "SmallCNN",
     "TileEncoder",
-    "aggregators",
     "build_model",
-    "encoders",
     "softmax_pool",
 ]

@@ -134,7 +134,7 @@ class Bag:
             raise ValueError(f"{found[0]} of {found[1]} tiles do not fit a pool of {self.pool.counts} tiles per rank")
         sizes = torch.tensor([stop - start for start, stop in self.runs()], dtype=torch.int64)
         # On the CPU first: repeat_interleave on a GPU would wait for it, to learn the length of the result.
-        index_n = torch.repeat_interleave(torch.arange(self.num_slides), sizes)
+        index_n = torch.repeat_interleave(torch.arange(self.num_slides), sizes, output_size=len(self.embedding_nD))
         self.slide_index_n = index_n.to(self.embedding_nD.device, non_blocking=True)
 
     @property
@@ -187,13 +187,14 @@ class Bag:
             segment_n, num_segments: of each tile; None means its slide.
         Cost: one all-reduce of G X numbers, and one in backward.
         """
-        segment_n, num_segments = self._segments(segment_n, num_segments)
+        if segment_n is None or num_segments is None:  # rows of a slide lie together: pairwise sums lose less
+            return self.pool.sum(torch.stack([values_nX[start:stop].sum(0) for start, stop in self.runs()]))
         start_GX = values_nX.new_zeros((num_segments, *values_nX.shape[1:]))
         return self.pool.sum(start_GX.index_add(0, segment_n, values_nX))
 
     def segment_mean(self, values_nX: Tensor) -> Tensor:
         """Mean per slide, (B, X). Cost: as `segment_sum`."""
-        size_B1 = torch.tensor(self.sizes, dtype=values_nX.dtype).to(values_nX.device)[:, None]
+        size_B1 = torch.tensor(self.sizes, dtype=values_nX.dtype).to(values_nX.device, non_blocking=True)[:, None]
         return self.segment_sum(values_nX) / size_B1
 
     def segment_softmax(self, score_nX: Tensor) -> Tensor:
@@ -257,7 +258,7 @@ class Bag:
 
 
 class Pooled(NamedTuple):
-    """What an aggregator makes of a bag. A tuple, because ZeRO 3 looks for the tensors in it.
+    """What an aggregator makes of a bag. A tuple, because DeepSpeed looks for the tensors in it.
 
     The loss of a slide is `weight` x loss(logits, label), plus the weighted losses of the extra logits, plus `loss_B`.
 

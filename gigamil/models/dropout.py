@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from gigamil import keyed
+from gigamil.errors import ConfigError
 
 
 class KeyedDropout(nn.Module):
@@ -19,7 +20,7 @@ class KeyedDropout(nn.Module):
     def __init__(self, p: float, layer: str) -> None:
         super().__init__()
         if not 0 <= p < 1:
-            raise ValueError(f"dropout p={p} of layer '{layer}' must be in [0, 1)")
+            raise ConfigError(f"dropout p={p} of layer '{layer}' must be in [0, 1)")
         self.p = p
         self.layer = layer
         self._layer_key = keyed.text_key(layer)

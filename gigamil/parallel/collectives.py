@@ -9,6 +9,7 @@ silently. Rows that move (`fetch_rows`, `heads_apart`) send their gradients back
 up: what depends on R replicated losses is R times its part before the move as after it.
 """
 
+import bisect
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from gigamil.models.bag import Ranges
 
@@ -30,6 +32,7 @@ class SumOverRanks(torch.autograd.Function):
         return _all_reduced(values, dist.ReduceOp.SUM, group)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         """All-reduce a copy of the gradient."""
         return _all_reduced(grads[0], dist.ReduceOp.SUM, ctx.group), None
@@ -43,46 +46,39 @@ class _Route:
         wanted: for each rank, the ranges of pooled row numbers that it asks for.
         rank: this rank.
     Attributes:
-        sends: for each rank, ranges of own rows that it gets.
+        sends: for each rank, the ranges of own rows that it gets.
         receives: for each rank, (place among the pieces of the result, number of rows) of what comes from it.
     """
 
     def __init__(self, counts: Sequence[int], wanted: Sequence[Ranges], rank: int) -> None:
-        self.group_size = len(counts)
         starts = list(itertools.accumulate(counts, initial=0))
         first, last = starts[rank], starts[rank + 1]
         self.sends = [[(a - first, b - first) for a, b in _cut(ranges, first, last)] for ranges in wanted]
-        pieces = [
-            (source, b - a)
-            for one_range in wanted[rank]
-            for source in range(len(counts))
-            for a, b in _cut([one_range], starts[source], starts[source + 1])
-        ]
-        self.receives = [
-            [(place, rows) for place, (source, rows) in enumerate(pieces) if source == owner]
-            for owner in range(len(counts))
-        ]
+        self.receives: list[list[tuple[int, int]]] = [[] for _ in counts]
+        place = 0
+        for start, stop in wanted[rank]:
+            while start < stop:
+                owner = bisect.bisect_right(starts, start) - 1  # the last that starts here: others are empty
+                rows = min(stop, starts[owner + 1]) - start
+                self.receives[owner].append((place, rows))
+                start, place = start + rows, place + 1
+        self._sent = [sum(b - a for a, b in ranges) for ranges in self.sends]
+        self._received = [sum(rows for _, rows in pieces) for pieces in self.receives]
+        self._arrival = list(itertools.chain.from_iterable(self.receives))
 
     def forward(self, values_nX: Tensor, group: dist.ProcessGroup) -> Tensor:
         """Rows go to those who want them."""
         pieces = [values_nX[a:b] for ranges in self.sends for a, b in ranges]
-        rows_of = [sum(rows for _, rows in pieces) for pieces in self.receives]
-        found = _exchange(values_nX, pieces, [sum(b - a for a, b in ranges) for ranges in self.sends], rows_of, group)
-        order = [piece for pieces in self.receives for piece in pieces]
-        parts = torch.split(found, [rows for _, rows in order])
-        placed = [
-            part for _, part in sorted(zip((place for place, _ in order), parts, strict=True), key=lambda p: p[0])
-        ]
-        return torch.cat([values_nX[:0], *placed])
+        found = _exchange(values_nX, pieces, self._sent, self._received, group)
+        parts = found.split([rows for _, rows in self._arrival])
+        placed = dict(zip((place for place, _ in self._arrival), parts, strict=True))
+        return torch.cat([values_nX[:0], *(placed[place] for place in range(len(placed)))])
 
     def backward(self, grad_mX: Tensor, num_rows: int, group: dist.ProcessGroup) -> Tensor:
         """Gradients go back, and are added up, lowest rank first."""
-        order = [piece for pieces in self.receives for piece in pieces]
-        rows = [rows for _, rows in sorted(order)]
-        parts = torch.split(grad_mX, rows)
-        sent = [sum(rows for _, rows in pieces) for pieces in self.receives]
-        received = [sum(b - a for a, b in ranges) for ranges in self.sends]
-        found = _exchange(grad_mX, [parts[place] for place, _ in order], sent, received, group)
+        parts = grad_mX.split([rows for _, rows in sorted(self._arrival)])
+        pieces = [parts[place] for place, _ in self._arrival]
+        found = _exchange(grad_mX, pieces, self._received, self._sent, group)
         result_nX = grad_mX.new_zeros((num_rows, *grad_mX.shape[1:]))
         start = 0
         for a, b in itertools.chain.from_iterable(self.sends):
@@ -101,6 +97,7 @@ class FetchRows(torch.autograd.Function):
         return route.forward(values_nX, group)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         """Exchange gradients the other way."""
         return ctx.route.backward(grads[0], ctx.num_rows, ctx.group), None, None
@@ -116,6 +113,7 @@ class HeadsApart(torch.autograd.Function):
         return _heads_apart(values_nHX, counts, rank, group)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         """Exchange back."""
         return _heads_together(grads[0], *ctx.route), None, None, None
@@ -131,6 +129,7 @@ class HeadsTogether(torch.autograd.Function):
         return _heads_together(values_NHX, counts, rank, group)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         """Exchange back."""
         return _heads_apart(grads[0], *ctx.route), None, None, None
@@ -201,7 +200,7 @@ def _heads_apart(values_nHX: Tensor, counts: tuple[int, ...], rank: int, group: 
 def _heads_together(values_NHX: Tensor, counts: tuple[int, ...], rank: int, group: dist.ProcessGroup) -> Tensor:
     size = len(counts)
     found = _exchange(values_NHX, [values_NHX], list(counts), [counts[rank]] * size, group)
-    return torch.cat(list(found.chunk(size)), dim=1) if counts[rank] else found.repeat(1, size, 1)
+    return found.unflatten(0, (size, counts[rank])).transpose(0, 1).flatten(1, 2)
 
 
 def _exchange(

@@ -32,7 +32,7 @@ from gigamil.train.step import ExactStep, Ranks
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "extending.md").read_text()
 SIZES = (7, 1, 4)
-NAMES = {"encoder": "two_layers", "aggregator": "mean", "loss": "smoothed"}
+NAMES = {"encoder": "two_layers", "aggregator": "plain_mean", "loss": "smoothed"}
 
 
 def block(language: str) -> str:
@@ -61,7 +61,7 @@ def test_the_command_line_imports_the_module_that_is_named(plugin: Path) -> None
         main(["train", "my.yaml", "--plugin", "my_parts", "--print_config"])
     assert stopped.value.code == 0
     assert "two_layers" in encoders.names()
-    assert "mean" in aggregators.names()
+    assert "plain_mean" in aggregators.names()
     assert "smoothed" in losses.names()
 
 
@@ -79,7 +79,7 @@ def test_options_of_the_yaml_reach_the_parts(plugin: Path) -> None:
 def test_options_that_do_not_fit_are_refused(plugin: Path) -> None:
     importlib.import_module("my_parts")
     science = RunConfig.model_validate(
-        {"science": {"encoder": {"name": "two_layers", "options": {"depth": 3}}, "aggregator": {"name": "mean"}}}
+        {"science": {"encoder": {"name": "two_layers", "options": {"depth": 3}}, "aggregator": {"name": "plain_mean"}}}
     ).science
     with pytest.raises(ConfigError, match="science.encoder.options do not fit encoder 'two_layers'.*depth"):
         build_model(science, 2)
@@ -101,7 +101,7 @@ def test_entry_points_on_the_page_are_those_that_are_searched() -> None:
     assert [*groups] == [registry._group for registry in registries]
     assert [*groups.values()] == [
         {"two_layers": "my_package.parts:TwoLayers"},
-        {"mean": "my_package.parts:Mean"},
+        {"plain_mean": "my_package.parts:PlainMean"},
         {"smoothed": "my_package.parts:smoothed"},
     ]
 
@@ -125,25 +125,20 @@ def reference() -> tuple[float, dict[str, Tensor]]:
     model, (images, label_B) = example_model(torch.float64), example_tiles()
     bag = Bag(
         embedding_nD=model.encode(torch.cat(images).permute(0, 3, 1, 2).double() / 255, None),
-        slide_index_n=torch.repeat_interleave(torch.arange(len(SIZES)), torch.tensor(SIZES)),
         position_n2=torch.zeros(sum(SIZES), 2),
-        num_slides=len(SIZES),
-        tile_key_n=None,
-        slide_key_B=None,
-        pool=LocalPool(),
+        sizes=SIZES,
+        pool=LocalPool(sum(SIZES)),
     )
-    logits_BK, attention_nA = model.classify(bag)
-    for slide, size in enumerate(SIZES):
-        assert torch.equal(
-            attention_nA[bag.slide_index_n == slide], torch.full((size, 1), 1 / size, dtype=torch.float64)
-        )
+    logits_BK, pooled = model.classify(bag)
+    for size, attention_N1 in zip(SIZES, pooled.attention_nA.split(SIZES), strict=True):
+        assert torch.equal(attention_N1, torch.full((size, 1), 1 / size, dtype=torch.float64))
     loss = losses["smoothed"](logits_BK, label_B).mean()
     loss.backward()
     return float(loss.detach()), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
 def step_of(num_ranks: int, rank: int) -> tuple[float, dict[str, Tensor]]:
-    """Loss and gradients of the training step on this rank: chunks of two tiles, one graph kept, the others replayed."""
+    """Loss and gradients of the training step on this rank: chunks of two tiles, one graph kept, the others not."""
     topology = Topology(num_ranks, rank, rank, num_ranks, num_ranks)
     ranks = make_ranks(topology) if num_ranks > 1 else Ranks(topology)
     model, (images, label_B) = example_model(torch.float64), example_tiles()
