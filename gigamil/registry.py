@@ -25,6 +25,7 @@ class Registry(Generic[Factory]):
         self.kind = kind
         self._group = group
         self._factories: dict[str, Factory] = {}
+        self._families: dict[str, Callable[[str], Factory]] = {}
 
     def register(self, name: str) -> Callable[[Factory], Factory]:
         """Decorator that makes a factory known under `name`; a second one of that name is an error."""
@@ -37,12 +38,24 @@ class Registry(Generic[Factory]):
 
         return add
 
+    def register_family(self, prefix: str) -> Callable[[Callable[[str], Factory]], Callable[[str], Factory]]:
+        """Decorator of what gives the factory of every name that begins with "prefix/", from the rest of the name."""
+
+        def add(family: Callable[[str], Factory]) -> Callable[[str], Factory]:
+            self._families[prefix] = family
+            return family
+
+        return add
+
     def __getitem__(self, name: str) -> Factory:
         """The factory called `name`.
 
         Raises:
             ConfigError: no such name; the message lists the known ones and how to add one.
         """
+        prefix, slash, rest = name.partition("/")
+        if slash and prefix in self._families:
+            return self._families[prefix](rest)
         if name not in self._factories:
             for point in entry_points(group=self._group, name=name):
                 self._factories[name] = point.load()
@@ -56,8 +69,9 @@ class Registry(Generic[Factory]):
         )
 
     def names(self) -> list[str]:
-        """Every known name, sorted."""
-        return sorted({*self._factories, *(point.name for point in entry_points(group=self._group))})
+        """Every known name, sorted; a family stands as "prefix/NAME"."""
+        families = (f"{prefix}/NAME" for prefix in self._families)
+        return sorted({*self._factories, *families, *(point.name for point in entry_points(group=self._group))})
 
 
 def import_plugins(modules: Sequence[str]) -> None:

@@ -68,8 +68,7 @@ def build_model(science: "Science", num_classes: int) -> SlideModel:
     """The model that the configuration describes; random parameters are a function of `science.seed` only."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(science.seed)
-        part = science.encoder
-        encoder = build_encoder(part.name, part.options, part.mean, part.std, part.weights)
+        encoder = build_encoder(science.encoder)
         aggregator = build_aggregator(science.aggregator.name, encoder.dim, num_classes, science.aggregator.options)
         return SlideModel(encoder, aggregator, num_classes, science.dropout)
 

@@ -1,4 +1,4 @@
-"""Learning rates are a function of the step: warm-up, half a cosine, and exactly zero for a frozen encoder."""
+"""Learning rates are a function of the step: warm-up, half a cosine, shares of blocks, exactly zero for a frozen encoder."""
 
 import pytest
 
@@ -37,3 +37,12 @@ def test_without_warm_up_and_with_more_warm_up_than_steps() -> None:
     assert head(1, 2, OPTIM) == pytest.approx(0.5e-3)
     assert head(4, 4, OPTIM) == pytest.approx(1e-3)
     assert head(5, 4, OPTIM) == pytest.approx(1e-4)
+
+
+def test_groups_of_the_encoder_have_their_share_of_its_rate() -> None:
+    for step in (0, 3, 10):
+        encoder, other = learning_rates(OPTIM, step, 24, True)
+        shared = learning_rates(OPTIM, step, 24, True, (0.25, 0.5, 1.0))
+        assert shared == [0.25 * encoder, 0.5 * encoder, encoder, other]
+        assert learning_rates(OPTIM, step, 24, False, (0.25, 0.5, 1.0)) == [0.0, 0.0, 0.0, other]
+        assert learning_rates(OPTIM, step, 24, True, ()) == [other]  # an encoder of which nothing is trained
