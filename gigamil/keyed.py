@@ -27,12 +27,15 @@ def fold(key: Tensor, value: Tensor | int) -> Tensor:
 
     Args:
         key: int64 keys, any shape.
-        value: int64 tensor or integer that tells the new key from its siblings (a tile number, a layer).
+        value: int64 tensor on the key's device, or an integer, that tells the new key from its siblings (a tile number,
+            a layer).
     Returns:
         int64 keys of the broadcast shape; order matters: fold(fold(k, a), b) differs from fold(fold(k, b), a).
     """
-    value = torch.as_tensor(value, dtype=torch.int64, device=key.device)
-    return _mix(_mix(key + _GOLDEN) ^ (value * _GOLDEN + _MIX_1))
+    if isinstance(value, Tensor):
+        return _mix(_mix(key + _GOLDEN) ^ (value.to(torch.int64) * _GOLDEN + _MIX_1))
+    # An integer stays one: as a tensor on a GPU it would be copied there, and the CPU would wait for that.
+    return _mix(_mix(key + _GOLDEN) ^ _wrap(int(value) * _GOLDEN + _MIX_1))
 
 
 def root_key(seed: int, device: torch.device | str = "cpu") -> Tensor:
@@ -49,6 +52,11 @@ def uniform(key_n: Tensor, num: int) -> Tensor:
     counter = torch.arange(1, num + 1, dtype=torch.int64, device=key_n.device) * _GOLDEN
     bits = _mix(key_n[..., None] + counter)
     return _shift_right(bits, 40).to(torch.float32) * (1.0 / (1 << 24))
+
+
+def _wrap(number: int) -> int:
+    """What int64 arithmetic makes of a number: modulo 2**64, with a sign."""
+    return (number + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
 def _mix(x: Tensor) -> Tensor:

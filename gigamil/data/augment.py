@@ -3,6 +3,7 @@
 Shapes: n tiles, H W pixels.
 """
 
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -37,8 +38,8 @@ def augment_tiles(image_nCHW: Tensor, tile_key_n: Tensor, settings: "Augment") -
     """
     draw_nX = keyed.uniform(keyed.fold(tile_key_n, _LAYER), _NUM_DRAWS).to(image_nCHW.dtype)
     image_nCHW = _orient(image_nCHW, draw_nX, settings)
-    spread = [settings.brightness, settings.contrast, settings.saturation] + [settings.stain] * 3
-    factor_nX = 1 + (2 * draw_nX[:, 3:] - 1) * draw_nX.new_tensor(spread)
+    spread = (settings.brightness, settings.contrast, settings.saturation, *[settings.stain] * 3)
+    factor_nX = 1 + (2 * draw_nX[:, 3:] - 1) * _constant(spread, draw_nX.dtype, draw_nX.device)
     if settings.stain:
         image_nCHW = _jitter_stain(image_nCHW, factor_nX[:, 3:])
     brightness_n, contrast_n, saturation_n = factor_nX[:, :3].unbind(1)
@@ -69,15 +70,16 @@ def _orient(image_nCHW: Tensor, draw_nX: Tensor, settings: "Augment") -> Tensor:
 
 def _jitter_stain(image_nCHW: Tensor, factor_n3: Tensor) -> Tensor:
     # Beer-Lambert: optical density is linear in the amount of each stain, so the amounts are scaled there.
-    stains_33 = torch.nn.functional.normalize(image_nCHW.new_tensor(_STAINS), dim=1)
+    stains_33, inverse_33 = _stains(image_nCHW.dtype, image_nCHW.device)
     density_nCHW = -torch.log(image_nCHW.clamp(min=1 / 255))
     # rows: density = amount @ stains; scaling by diag(f) in between gives one 3 x 3 matrix per tile.
-    matrix_n33 = torch.linalg.inv(stains_33) @ torch.diag_embed(factor_n3) @ stains_33
+    matrix_n33 = inverse_33 @ torch.diag_embed(factor_n3) @ stains_33
     return torch.exp(-torch.einsum("nchw,ncd->ndhw", density_nCHW, matrix_n33))
 
 
 def _gray(image_nCHW: Tensor) -> Tensor:
-    return torch.einsum("nchw,c->nhw", image_nCHW, image_nCHW.new_tensor(_LUMA))[:, None]
+    luma_C = _constant(_LUMA, image_nCHW.dtype, image_nCHW.device)
+    return torch.einsum("nchw,c->nhw", image_nCHW, luma_C)[:, None]
 
 
 def _blend(image_nCHW: Tensor, other: Tensor, factor_n: Tensor) -> Tensor:
@@ -86,3 +88,16 @@ def _blend(image_nCHW: Tensor, other: Tensor, factor_n: Tensor) -> Tensor:
 
 def _per_tile(values_n: Tensor) -> Tensor:
     return values_n[:, None, None, None]
+
+
+@cache
+def _constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A vector that is copied to the device once: each copy makes the CPU wait for all that a GPU has to do."""
+    return torch.tensor(values, dtype=dtype, device=device)
+
+
+@cache
+def _stains(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Stains, rows of length 1, and their inverse, found on the CPU: a GPU would be waited for, to learn of errors."""
+    stains_33 = torch.nn.functional.normalize(torch.tensor(_STAINS, dtype=dtype, device="cpu"), dim=1)
+    return stains_33.to(device), torch.linalg.inv(stains_33).to(device)

@@ -5,6 +5,7 @@ Shapes: n tiles on this rank, c tiles of a chunk, H W image.
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
 from typing import Protocol, Self
 
 import torch
@@ -90,7 +91,7 @@ class ChunkFeed:
         # Views of main memory need no thread.
         self._is_free = images.held and device.type == "cpu"
         self._thread = None if self._is_free else ThreadPoolExecutor(1, "gigamil-chunks")
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = _copy_stream(device) if device.type == "cuda" else None
 
     def __enter__(self) -> Self:
         return self
@@ -116,14 +117,16 @@ class ChunkFeed:
             if image.nbytes <= self._left:
                 self._left -= image.nbytes
                 self._cached[rows] = image
+        if self._stream is not None:
+            # The copy runs beside the computation, which has to wait for its end. The next chunk is asked for after
+            # that, below, or the computation could wait for its copy too.
+            current = torch.cuda.current_stream(self._device)
+            current.wait_stream(self._stream)
+            image.record_stream(current)
         if ahead is not None and ahead[0] == upcoming:
             self._ahead = ahead
         elif upcoming is not None and upcoming not in self._cached:
             self._ahead = upcoming, self._thread.submit(self._load, *upcoming)
-        if self._stream is not None:  # the copy runs beside the computation, which has to wait for its end
-            current = torch.cuda.current_stream(self._device)
-            current.wait_stream(self._stream)
-            image.record_stream(current)
         return image
 
     def _load(self, start: int, stop: int) -> Tensor:
@@ -132,3 +135,10 @@ class ChunkFeed:
             return image.to(self._device)
         with torch.cuda.stream(self._stream):
             return image.pin_memory().to(self._device, non_blocking=True)
+
+
+@cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """The one stream for copies to a device. Memory goes back to the stream that it was taken on: with a stream for
+    each feed, the chunks of one step would lie unused beside those of the next."""
+    return torch.cuda.Stream(device)

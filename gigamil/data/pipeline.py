@@ -22,6 +22,8 @@ from gigamil.parallel.topology import Topology
 from gigamil.partition.schedule import StepPlan
 from gigamil.shards.index import SlideIndex
 
+_BLOCK = 2**16  # rows
+
 
 class TileSource(Protocol):
     """Where tiles come from: what `gigamil.shards.ShardSet` offers."""
@@ -197,7 +199,11 @@ class DrawKeys:
     @staticmethod
     def tiles(slide_key_B: Tensor, slide_index_n: Tensor, number_n: Tensor) -> Tensor:
         """int64 (n,): a key per tile."""
-        return keyed.fold(slide_key_B[slide_index_n], number_n)
+        key_n = torch.empty_like(number_n)
+        for start in range(0, len(number_n), _BLOCK):  # mixing takes several times the memory of its result
+            rows = slice(start, start + _BLOCK)
+            key_n[rows] = keyed.fold(slide_key_B[slide_index_n[rows]], number_n[rows])
+        return key_n
 
 
 def _joined(parts: list[np.ndarray], empty: tuple[int, ...], dtype: type) -> np.ndarray:

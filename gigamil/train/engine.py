@@ -6,7 +6,7 @@ whatever its ZeRO stage and number of ranks. What is worked around, and why, sta
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from gigamil.errors import EnvironmentFault
 from gigamil.models.bag import Bag, Pooled
+from gigamil.models.blocks import parameters_by_rate
 from gigamil.parallel.topology import Topology, export_topology
 from gigamil.train.step import Ranks
 
@@ -33,7 +34,7 @@ class TrainingState:
 
     Attributes:
         parameters: every parameter and buffer of the model.
-        moments: "<parameter>/<moment>" of every parameter.
+        moments: "<parameter>/<moment>" of every parameter that is trained.
         optimizer_steps: updates counted for each parameter group (Adam's bias correction).
     """
 
@@ -91,12 +92,20 @@ def make_ranks(topology: Topology, timeout_s: float | None = None) -> Ranks:
 
 
 def make_optimizer(model: nn.Module, config: "RunConfig") -> torch.optim.Optimizer:
-    """AdamW with two parameter groups: encoder, then everything behind it."""
+    """AdamW over what is to be trained: a parameter group per learning rate of the encoder, the head's group last.
+
+    Raises:
+        ConfigError: layer decay for an encoder whose blocks are not known.
+    """
     optim = config.science.optim
+    backbone: nn.Module = model.encoder.backbone  # type: ignore[assignment, union-attr]
+    groups = [
+        {"params": parameters, "lr": optim.lr_encoder * share}
+        for share, parameters in parameters_by_rate(backbone, optim.layer_decay).items()
+    ]
     head = [parameter for name, parameter in model.named_parameters() if not name.startswith("encoder.")]
-    encoder = [parameter for name, parameter in model.named_parameters() if name.startswith("encoder.")]
     return torch.optim.AdamW(
-        [{"params": encoder, "lr": optim.lr_encoder}, {"params": head, "lr": optim.lr_head}],
+        [*groups, {"params": head, "lr": optim.lr_head}],
         betas=optim.betas,
         weight_decay=optim.weight_decay,
         fused=torch.cuda.is_available() and config.execution.device != "cpu",
@@ -119,8 +128,11 @@ def deepspeed_config(config: "RunConfig") -> dict[str, Any]:
             "stage": config.execution.zero_stage,
             "overlap_comm": False,
             "reduce_bucket_size": 50_000_000,  # 200 MB; the default is a buffer of 2 GB beside the model
+            "stage3_param_persistence_threshold": 0,  # small ones are gathered with the others (`gathered`)
         },
     }
+    if config.execution.offload:
+        settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
     if config.science.precision == "bfloat16":
         # The empty list keeps the gradients of every module in float32 when they are reduced.
         settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
@@ -130,9 +142,14 @@ def deepspeed_config(config: "RunConfig") -> dict[str, Any]:
 class DeepSpeedEngine:
     """`Engine` over `deepspeed.initialize`, ZeRO 0 to 3.
 
+    ZeRO 3 partitions parameters between steps; within a step they are whole on every rank. DeepSpeed would gather them
+    module by module, and again in every chunk's forward and backward: all ranks would have to make the same calls, and
+    one that runs out of memory in the middle would leave the others waiting. It would save little, because the gradients
+    of a step are whole on every rank anyway, and are as large as the parameters that are trained.
+
     Args:
         model: slide model, float32, on any device.
-        optimizer: over its parameters; AdamW or SGD.
+        optimizer: over all of its parameters that want a gradient; AdamW or SGD.
         settings: DeepSpeed JSON (`deepspeed_config`).
         device: where to train.
         timeout_s: longest wait in a reduction; None leaves torch's.
@@ -157,11 +174,33 @@ class DeepSpeedEngine:
         self._engine = deepspeed.initialize(model=model.to(device), optimizer=optimizer, config=settings)[0]
         self.module: nn.Module = self._engine.module
         self.stage = int(settings["zero_optimization"]["stage"])
-        self.equal_calls = self.stage == 3  # parameters are gathered per module call
+        self._is_whole = self.stage < 3
+        if self.stage == 3:
+            self._engine.optimizer.parameter_offload.destroy()  # the hooks that gather per module: see `gathered`
         self._initialise_moments()
         if timeout_s is not None:
             # DeepSpeed makes a group of its own for reductions, with torch's default timeout of up to half an hour.
             _set_timeout(timeout_s, self._engine.seq_data_parallel_group)
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Parameters are whole inside, where the model is called. A collective at ZeRO 3: all ranks enter.
+
+        What a rank does inside, and whether it breaks off, is nothing to the others. It may be entered again inside.
+
+        Cost: at ZeRO 3 one all-gather of the parameters, and their bytes.
+        """
+        if self._is_whole:
+            yield
+            return
+        with _import_deepspeed().zero.GatheredParameters(list(self.module.parameters())):
+            self._is_whole = True
+            try:
+                yield
+            finally:
+                self._is_whole = False
+                # Where a forward broke off it was left out, and a parameter that is looked at would still be gathered.
+                self._engine._forward_epilogue()
 
     def encode(self, image_nCHW: Tensor, tile_key_n: Tensor | None) -> Tensor:
         """Tiles -> embeddings, with a graph if grad mode is on."""
@@ -179,7 +218,7 @@ class DeepSpeedEngine:
 
     @contextmanager
     def one_reduction(self) -> Iterator[None]:
-        """All backwards of a step; on exit the mean over all ranks is taken once.
+        """All backwards of a step, with parameters `gathered`; on exit the mean over all ranks is taken once.
 
         After an error inside, nothing is reduced (the other ranks would not take part) and the engine is spent.
         """
@@ -187,7 +226,8 @@ class DeepSpeedEngine:
         context = engine.no_sync() if self.stage == 0 else engine.coalesce_grad_reduction()
         context.__enter__()
         try:
-            yield
+            with self.gathered():
+                yield
         except BaseException:
             # The context reduces in its `finally`, at the latest when it is collected: take that from it.
             engine._flush_coalesced_reduction_zero12 = engine._flush_coalesced_reduction_zero3 = lambda _: None
@@ -218,14 +258,18 @@ class DeepSpeedEngine:
         """Reduced gradients by name, after `one_reduction` and before `step`; a collective. For tests."""
         from deepspeed.utils import safe_get_full_grad
 
-        return {name: safe_get_full_grad(p).detach().float().cpu() for name, p in self.module.named_parameters()}
+        return {name: safe_get_full_grad(p).detach().float().cpu() for name, p in self._trained().items()}
 
     def state(self) -> TrainingState:
         """Unpartitioned state, equal on every rank. A collective: all ranks call it."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         parameters, moments = {}, {}
+        trained = self._trained()
         for name, parameter in self.module.named_parameters():
+            if name not in trained:
+                parameters[name] = self._fixed(parameter)
+                continue
             if self.stage == 0:
                 full: Tensor = parameter
                 states = {moment: self._base_optimizer.state[parameter][moment] for moment in self._moments}
@@ -251,14 +295,25 @@ class DeepSpeedEngine:
         """Continue from a state that was saved at any ZeRO stage and number of ranks."""
         self.load_parameters(state.parameters)
         with torch.no_grad():
-            for name, parameter in self.module.named_parameters():
+            for name, parameter in self._trained().items():
                 for moment in self._moments:
                     self._set(parameter, state.moments[f"{name}/{moment}"], moment)
         self._set_optimizer_steps(state.optimizer_steps)
 
+    def _trained(self) -> dict[str, nn.Parameter]:
+        """Parameters that the optimiser has; the others (frozen blocks, what LoRA updates) never change."""
+        return {name: parameter for name, parameter in self.module.named_parameters() if parameter.requires_grad}
+
+    def _fixed(self, parameter: nn.Parameter) -> Tensor:
+        """Value of a parameter that no optimiser has: DeepSpeed's safe_get_* know nothing of it."""
+        if self.stage < 3:
+            return _to_cpu(parameter)
+        with _import_deepspeed().zero.GatheredParameters([parameter]):
+            return _to_cpu(parameter)
+
     def _set(self, parameter: nn.Parameter, value: Tensor, moment: str | None) -> None:
         value = value.to(self.device)
-        if self.stage == 0:
+        if self.stage == 0 or (self.stage < 3 and not parameter.requires_grad):
             target = parameter if moment is None else self._base_optimizer.state[parameter][moment]
             target.copy_(value)
         elif self.stage == 3:
@@ -283,18 +338,17 @@ class DeepSpeedEngine:
         if moment is not None:
             safe_set_local_optimizer_state(parameter, part, moment)
             return
-        safe_set_local_fp32_param(parameter, part)
+        if parameter.requires_grad:
+            safe_set_local_fp32_param(parameter, part)
         parameter.ds_tensor.copy_(part)  # type: ignore[attr-defined]  # what the next gather sends
-        if parameter.ds_persist and parameter.numel() == value.numel():  # type: ignore[attr-defined]
-            parameter.copy_(value)  # small parameters stay gathered
 
-    def restart_bias_correction(self, group: int) -> None:
-        """Count a group's updates from zero: its moments are zero too, after epochs without a gradient.
+    def restart_bias_correction(self, groups: Collection[int]) -> None:
+        """Count the updates of parameter groups from zero: their moments are zero too, after epochs without a gradient.
 
         With the count of the frozen epochs Adam would not correct its young second moment, and the first updates
         would be several times the learning rate.
         """
-        self._set_optimizer_steps([0 if i == group else steps for i, steps in enumerate(self._optimizer_steps())])
+        self._set_optimizer_steps([0 if i in groups else steps for i, steps in enumerate(self._optimizer_steps())])
 
     def _optimizer_steps(self) -> tuple[int, ...]:
         first = (self._base_optimizer.state[tensors[0]] for tensors in self._tensors_by_group())

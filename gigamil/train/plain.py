@@ -5,7 +5,7 @@ The same step runs over either, so a difference between them is DeepSpeed's doin
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
 
 import torch
@@ -21,7 +21,10 @@ class Engine(Protocol):
     module: nn.Module
     device: torch.device
     dtype: torch.dtype  # of images and cotangents
-    equal_calls: bool  # every rank must make the same number of module calls
+
+    def gathered(self) -> AbstractContextManager[None]:
+        """Parameters are whole inside, where the model is called; all ranks enter."""
+        ...
 
     def encode(self, image_nCHW: Tensor, tile_key_n: Tensor | None) -> Tensor:
         """Tiles -> embeddings, with a graph if grad mode is on."""
@@ -36,7 +39,7 @@ class Engine(Protocol):
         ...
 
     def one_reduction(self) -> AbstractContextManager[None]:
-        """All backwards of a step; on exit the mean over all ranks is taken once."""
+        """All backwards of a step, with parameters `gathered`; on exit the mean over all ranks is taken once."""
         ...
 
     def step(self, learning_rates: Sequence[float]) -> float:
@@ -57,8 +60,6 @@ class PlainEngine:
         world: ranks that average gradients; None means one process.
     """
 
-    equal_calls = False
-
     def __init__(
         self,
         model: nn.Module,
@@ -72,6 +73,10 @@ class PlainEngine:
         self.device, self.dtype = first.device, first.dtype
         self._clip_norm = clip_norm
         self._world = world
+
+    def gathered(self) -> AbstractContextManager[None]:
+        """Parameters are always whole here."""
+        return nullcontext()
 
     def encode(self, image_nCHW: Tensor, tile_key_n: Tensor | None) -> Tensor:
         """Tiles -> embeddings."""
@@ -96,8 +101,13 @@ class PlainEngine:
         for parameter in self.module.parameters():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            dist.all_reduce(parameter.grad, group=self._world)
-            parameter.grad /= dist.get_world_size(self._world)
+        # One all-reduce: its latency, not its size, is what a small model pays for.
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        mean = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(mean, group=self._world)
+        mean /= dist.get_world_size(self._world)
+        for gradient, part in zip(gradients, mean.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
 
     def step(self, learning_rates: Sequence[float]) -> float:
         """Clip, update, clear gradients; returns the gradient's norm before clipping."""

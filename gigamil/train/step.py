@@ -7,7 +7,7 @@ K classes.
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Self, TypeVar
 
@@ -18,8 +18,8 @@ from torch import Tensor
 from gigamil.data.augment import to_float
 from gigamil.data.images import ChunkFeed
 from gigamil.data.pipeline import DrawKeys, StepTiles
-from gigamil.errors import ShardError, TrainingError
-from gigamil.memory.budget import SavedBytes
+from gigamil.errors import TrainingError
+from gigamil.memory.peak import LiveBytes
 from gigamil.memory.replay import EncodedChunk, chunk_with_graph, cotangent_product, encode_chunk
 from gigamil.models.aggregator import min_tiles
 from gigamil.models.bag import Bag, LocalPool, Pool, Pooled
@@ -90,7 +90,15 @@ class StepResult:
 
 
 class OutOfMemory(Exception):
-    """All ranks agreed to make the step again with smaller chunks."""
+    """All ranks agreed to make the step again with smaller chunks.
+
+    Args:
+        tried: tiles of the smallest call that did not fit, on any rank.
+    """
+
+    def __init__(self, tried: int) -> None:
+        super().__init__(tried)
+        self.tried = tried
 
 
 @dataclass
@@ -119,8 +127,8 @@ class ExactStep:
         engine: model, gradients and optimiser.
         ranks: who pools with whom.
         loss: (logits, label) -> one number per slide.
-        chunk: tiles per encoder call; equal on all ranks. Halved when the device runs out of memory.
-        num_keep: chunks whose graphs are kept for backward; the others are encoded twice. Equal on all ranks.
+        chunk: tiles per encoder call. Halved on a rank whose device runs out of memory.
+        num_keep: chunks whose graphs are kept for backward; the others are encoded twice.
         keys: draws of augmentation and dropout, and names of the slides.
         augment: (image in 0..1, tile keys) -> image; None leaves tiles as they are.
         cache_bytes: memory of the device for tiles that are needed in both passes and cannot be held as they come.
@@ -182,8 +190,9 @@ class ExactStep:
             try:
                 with calls:
                     return self._train(calls, label_S, weight_S, learning_rates, train_encoder)
-            except OutOfMemory:
-                self._halve(calls.size)
+            except OutOfMemory as error:
+                tried = error.tried
+            self._halve(tried)  # outside of `except`: until then the error's frames hold the step's tensors
 
     def _train(
         self,
@@ -195,19 +204,23 @@ class ExactStep:
     ) -> StepResult:
         topology, plan = self._ranks.topology, calls.plan
         mine = list(plan.groups[topology.group])
-        label_B = label_S[mine].to(self.engine.device)
-        forward = self._forward(calls, label_B, keep=train_encoder)
-        if not mine:  # the blank slide
-            label_B = label_B.new_zeros(1)
-        loss_B = slide_losses(self._loss, forward.logits_BK, forward.pooled, label_B)
-        weight_B = weight_S[mine].to(loss_B) if mine else torch.zeros_like(loss_B)
-        # A loss that is not finite must not pass for a gradient: 1 + 0 x inf is NaN, and a NaN anywhere skips the step.
-        weight_B = weight_B * (1 + 0 * loss_B.detach())
-        scalar = group_loss(loss_B, weight_B, float(weight_S.sum()), topology.num_groups)
-        with self.engine.one_reduction():
-            self.engine.backward(scalar)
-            if train_encoder:
-                self._backward_encoder(calls, forward)
+        label_B = label_S[mine].to(self.engine.device, non_blocking=True)
+        with self.engine.gathered():
+            forward = self._forward(calls, label_B, keep=train_encoder)
+            if not mine:  # the blank slide
+                label_B = label_B.new_zeros(1)
+            loss_B = slide_losses(self._loss, forward.logits_BK, forward.pooled, label_B)
+            weight_B = weight_S[mine].to(loss_B, non_blocking=True) if mine else torch.zeros_like(loss_B)
+            # A loss that is not finite must not pass for a gradient: 1 + 0 x inf is NaN, and a NaN anywhere skips the
+            # step.
+            weight_B = weight_B * (1 + 0 * loss_B.detach())
+            scalar = group_loss(loss_B, weight_B, float(weight_S.sum()), topology.num_groups)
+            # Nor must an embedding: a maximum over tiles or ranks may pass a NaN over.
+            scalar = scalar * (1 + 0 * forward.embedding_nD.detach().sum())
+            with self.engine.one_reduction():
+                self.engine.backward(scalar)
+                if train_encoder:
+                    self._backward_encoder(calls, forward)
         norm = self.engine.step(learning_rates)
         slide_loss_S = self._gather_losses(loss_B, mine, len(plan.slides))
         skipped = tuple(int(i) for i in torch.nonzero(~torch.isfinite(slide_loss_S)).flatten())
@@ -240,23 +253,24 @@ class ExactStep:
             try:
                 with calls:
                     return self._evaluate(calls)
-            except OutOfMemory:
-                self._halve(calls.size)
+            except OutOfMemory as error:
+                tried = error.tried
+            self._halve(tried)
 
     def _evaluate(self, calls: "_Calls") -> tuple[Tensor, Tensor]:
         plan, mine = calls.plan, list(calls.plan.groups[self._ranks.topology.group])
-        forward = self._forward(calls, None, keep=False)
+        with self.engine.gathered():
+            forward = self._forward(calls, None, keep=False)
         logits_SK = forward.logits_BK.new_zeros((len(plan.slides), forward.logits_BK.shape[1]), dtype=torch.float64)
         if self._ranks.topology.group_rank == 0:  # one rank of each group speaks for it
             logits_SK[mine] = forward.logits_BK.double()[: len(mine)]
         logits_SK = self._ranks.sum_world(logits_SK)
+        bad_tile = self._find_blame(calls, forward)
         if calls.error is not None:
             raise calls.error
-        if not torch.isfinite(logits_SK).all():
-            bad_tile = self._find_blame(calls, forward)
-            if bad_tile is not None:
-                slide_id = self._keys.slide_ids[plan.slides[bad_tile[0]]]
-                raise TrainingError(f"slide '{slide_id}': the embedding of tile {bad_tile[1]} is not finite")
+        if bad_tile is not None:
+            slide_id = self._keys.slide_ids[plan.slides[bad_tile[0]]]
+            raise TrainingError(f"slide '{slide_id}': the embedding of tile {bad_tile[1]} is not finite")
         return logits_SK, _attention(forward)
 
     def _forward(self, calls: "_Calls", label_B: Tensor | None, keep: bool) -> _Pass:
@@ -267,7 +281,7 @@ class ExactStep:
             return self._forward_blank(chunks, embedding_nD, label_B)
         bag = Bag(
             embedding_nD=embedding_nD,
-            position_n2=calls.tiles.position_n2.to(self.engine.device),
+            position_n2=calls.tiles.position_n2.to(self.engine.device, non_blocking=True),
             sizes=plan.group_sizes(group),
             pool=self._ranks.pool(plan.counts(group)),
             tile_key_n=calls.tile_key_n,
@@ -296,6 +310,9 @@ class ExactStep:
         return _Pass(chunks, embedding_nD, bag, logits_BK, pooled)
 
     def _backward_encoder(self, calls: "_Calls", forward: _Pass) -> None:
+        if calls.out_of_memory is not None:
+            calls.poison()
+            return
         cotangent_nD = forward.embedding_nD.grad
         if cotangent_nD is None:  # a rank without tiles: nothing of the head depends on its leaf
             cotangent_nD = torch.zeros_like(forward.embedding_nD)
@@ -319,19 +336,17 @@ class ExactStep:
             slide = int(calls.tiles.slide_index_n[bad[0]])
             position = plan.groups[topology.group][slide]
             found[topology.rank, :2] = torch.tensor([position, int(calls.tiles.number_n[bad[0]])])
-        found[topology.rank, 2] = float(calls.is_out_of_memory)
+        if calls.out_of_memory is not None:
+            found[topology.rank, 2] = calls.out_of_memory
         found = self._ranks.sum_world(found).cpu()
-        if found[:, 2].sum() > 0:
-            raise OutOfMemory
+        tried = [int(size) for size in found[:, 2].tolist() if size > 0]
+        if tried:
+            raise OutOfMemory(min(tried))
         tiles = [(int(position), int(number)) for position, number, _ in found.tolist() if number >= 0]
         return tiles[0] if tiles else None
 
     def _halve(self, tried: int) -> None:
-        if tried == 1:
-            raise TrainingError(
-                "the device has no memory for a single tile. Set execution.activation_checkpointing, take a smaller "
-                "encoder or smaller tiles, or see `gigamil plan`."
-            )
+        refuse_no_memory(tried)
         self.chunk = tried // 2
         self.num_keep = 0
         if self.engine.device.type == "cuda":
@@ -361,7 +376,7 @@ class _Calls:
         self.plan, self.tiles = plan, tiles
         self.size = step.chunk
         self.error: Exception | None = None
-        self.is_out_of_memory = False
+        self.out_of_memory: int | None = None  # tiles of a call that did not fit and cannot be cut
         self._step = step
         self._engine = step.engine
         self._feed = ChunkFeed(tiles.images, step.engine.device, step._cache_bytes)
@@ -370,9 +385,9 @@ class _Calls:
         self.tile_key_n: Tensor | None = None
         if slide_key_S is not None:
             slide_key_B = slide_key_S[list(plan.groups[step._ranks.topology.group])]
-            self.slide_key_B = slide_key_B.to(self._engine.device)
+            self.slide_key_B = slide_key_B.to(self._engine.device, non_blocking=True)
             keys = DrawKeys.tiles(slide_key_B, tiles.slide_index_n, tiles.number_n)
-            self.tile_key_n = keys.to(self._engine.device)
+            self.tile_key_n = keys.to(self._engine.device, non_blocking=True)
 
     def __enter__(self) -> Self:
         self._feed.__enter__()
@@ -392,10 +407,12 @@ class _Calls:
             self._upcoming = next((rows for rows in todo if rows[0] < rows[1]), None)
             keeps = keep and len(chunks) < self._step.num_keep
             found = _unless_out_of_memory(partial(encode_chunk, self._encode, start, stop, keeps))
-            if self._engine.equal_calls and self._anywhere(found is None):
-                raise OutOfMemory
             if found is None:
-                todo.extendleft(reversed(self._smaller(start, stop, keeps)))
+                smaller = self._smaller(start, stop, chunks, keeps)
+                if not smaller:  # this rank is at its end, but the others learn of it in their place only
+                    self.out_of_memory = 1
+                    break
+                todo.extendleft(reversed(smaller))
                 continue
             chunk, embedding_cD = found
             chunks.append(chunk)
@@ -403,65 +420,67 @@ class _Calls:
                 dtype = torch.promote_types(embedding_cD.dtype, torch.float32)
                 embedding_nD = embedding_cD.new_empty((num_tiles, embedding_cD.shape[1]), dtype=dtype)
             embedding_nD[start:stop] = embedding_cD[: stop - start]
-        assert embedding_nD is not None  # every rank makes one call at least
+        if self.out_of_memory is not None or embedding_nD is None:
+            width = int(self._engine.module.encoder.dim)  # type: ignore[arg-type]
+            dtype = torch.promote_types(self._engine.dtype, torch.float32)
+            return [], torch.full((num_tiles, width), torch.nan, dtype=dtype, device=self._engine.device)
         return chunks, embedding_nD
 
     def backward(self, chunk: EncodedChunk, cotangent_cD: Tensor, upcoming: EncodedChunk | None) -> bool:
-        """Back-propagate dL/dh of a chunk into the encoder; False gives up the step, on all ranks if it must."""
+        """Back-propagate dL/dh of a chunk into the encoder; False gives up the step."""
         self._upcoming = None if upcoming is None else (upcoming.start, upcoming.stop)
         graph_cD = _unless_out_of_memory(partial(chunk_with_graph, chunk, self._encode))
-        if graph_cD is None and not self._engine.equal_calls and chunk.stop - chunk.start > 1:
-            return self._backward_halves(chunk, cotangent_cD)  # nothing was added to the gradients yet
-        done = graph_cD is not None
-        if graph_cD is not None:
-            if chunk.start == chunk.stop:  # a blank chunk takes part with a zero cotangent
-                cotangent_cD = cotangent_cD.new_zeros(graph_cD.shape)
-            product = cotangent_product(graph_cD, cotangent_cD)
-            # In a backward that breaks off, a part of the gradients may have been added.
-            done = _unless_out_of_memory(partial(_backward, self._engine, product)) is not None
-            del graph_cD, product
-        lost = self._anywhere(not done) if self._engine.equal_calls else not done
-        if lost:
-            self.is_out_of_memory = True
-            self._poison(cotangent_cD)
-        return not lost
+        if graph_cD is None:
+            if chunk.stop - chunk.start > 1 and chunk.random_state is None:
+                return self._backward_halves(chunk, cotangent_cD)  # nothing was added to the gradients yet
+            return self._give_up(chunk)
+        if chunk.start == chunk.stop:  # a blank chunk takes part with a zero cotangent
+            cotangent_cD = cotangent_cD.new_zeros(graph_cD.shape)
+        product = cotangent_product(graph_cD, cotangent_cD)
+        # In a backward that breaks off, a part of the gradients may have been added.
+        done = _unless_out_of_memory(partial(_backward, self._engine, product)) is not None
+        del graph_cD, product
+        return done or self._give_up(chunk)
+
+    def _give_up(self, chunk: EncodedChunk) -> bool:
+        self.out_of_memory = max(1, chunk.stop - chunk.start)
+        self.poison()
+        return False
 
     def _backward_halves(self, chunk: EncodedChunk, cotangent_cD: Tensor) -> bool:
         middle = (chunk.start + chunk.stop) // 2
         self._step._halve(chunk.stop - chunk.start)
+        self.size = self._step.chunk
         parts = (
-            (EncodedChunk(chunk.start, middle, None, chunk.random_state), cotangent_cD[: middle - chunk.start]),
-            (EncodedChunk(middle, chunk.stop, None, chunk.random_state), cotangent_cD[middle - chunk.start :]),
+            (replace(chunk, stop=middle), cotangent_cD[: middle - chunk.start]),
+            (replace(chunk, start=middle), cotangent_cD[middle - chunk.start :]),
         )
         return all(self.backward(half, cotangent, None) for half, cotangent in parts)
 
     def _ranges(self) -> list[tuple[int, int]]:
         """Tile ranges of this rank's encoder calls; empty ranges are blank tiles.
 
-        Every rank makes one call at least, so that all of its parameters have a gradient to reduce. Where parameters
-        are gathered per call (ZeRO 3), every rank of the world makes as many as the busiest.
+        Every rank makes one call at least, so that all of its parameters have a gradient to reduce.
         """
-        ranges = list(chunk_ranges(self.tiles.num_tiles, self.size))
-        wanted = self.plan.max_calls(self.size) if self._engine.equal_calls else 1
-        return ranges + [(self.tiles.num_tiles, self.tiles.num_tiles)] * (wanted - len(ranges))
+        return list(chunk_ranges(self.tiles.num_tiles, self.size)) or [(0, 0)]
 
-    def _smaller(self, start: int, stop: int, kept: bool) -> list[tuple[int, int]]:
-        """What to try in place of a call that did not fit: the same without its graph, then halves of it."""
-        if kept:
+    def _smaller(self, start: int, stop: int, chunks: list[EncodedChunk], keeps: bool) -> list[tuple[int, int]]:
+        """What to try in place of a call that did not fit: the same with no graph kept, then halves; empty: nothing."""
+        if keeps or any(chunk.graph_cD is not None for chunk in chunks):
             self._step.num_keep = 0
+            for chunk in chunks:
+                chunk.graph_cD = None
             return [(start, stop)]
-        self._step._halve(max(1, stop - start))
+        if stop - start <= 1:
+            return []
+        self._step._halve(stop - start)
         self.size = self._step.chunk
         return [(start + a, start + b) for a, b in chunk_ranges(stop - start, self.size)]
 
-    def _poison(self, like: Tensor) -> None:
-        """Make the gradient NaN by a blank tile, so that no rank uses it."""
-        graph_cD = self._encode(self.tiles.num_tiles, self.tiles.num_tiles)
-        self._engine.backward(cotangent_product(graph_cD, like.new_full(graph_cD.shape, torch.nan)))
-
-    def _anywhere(self, flag: bool) -> bool:
-        flags = torch.tensor([float(flag)], device=self._engine.device)
-        return bool(self._step._ranks.sum_world(flags))
+    def poison(self) -> None:
+        """Make the gradient NaN, so that no rank uses it; every parameter gets one, as in any other step."""
+        parameters = [p for p in self._engine.module.parameters() if p.requires_grad]
+        self._engine.backward(torch.stack([p.sum() for p in parameters]).sum() * torch.nan)
 
     def _encode(self, start: int, stop: int) -> Tensor:
         """Embeddings of rows start..stop - 1; no rows give that of one blank tile."""
@@ -470,7 +489,9 @@ class _Calls:
             return self._call(torch.zeros((1, side, side, 3), dtype=torch.uint8, device=self._engine.device), None, 1)
         try:
             image_cHWC = self._feed.get(start, stop, self._upcoming)
-        except (ShardError, OSError) as error:
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # noqa: BLE001 - given to the caller, who agrees on it with the other ranks
             self.error = self.error or error
             side = self.tiles.images.side
             image_cHWC = torch.full((stop - start, side, side, 3), torch.nan, device=self._engine.device)
@@ -489,13 +510,48 @@ class _Calls:
         return self._engine.encode(image_cCHW, tile_key_c)[:rows]
 
 
+def fit_chunk(engine: Engine, ranks: Ranks, chunk: int, tile_px: int) -> tuple[int, int]:
+    """The largest chunk whose graph every rank has memory for, by halves from `chunk`, and the bytes of that graph.
+
+    All ranks call it.
+
+    Raises:
+        TrainingError: there is no memory for a single tile; on all ranks.
+    """
+    while True:
+        kept = _unless_out_of_memory(partial(measure_chunk_bytes, engine, chunk, tile_px))
+        num_failed = ranks.sum_world(torch.tensor(float(kept is None), device=engine.device))
+        if kept is not None and not num_failed:
+            return chunk, kept
+        refuse_no_memory(chunk)
+        chunk //= 2
+
+
 def measure_chunk_bytes(engine: Engine, chunk: int, tile_px: int) -> int:
-    """Bytes that autograd keeps for one encoder call on `chunk` tiles: an encoder forward, which changes nothing."""
+    """Bytes that one encoder call on `chunk` tiles keeps for its backward: an encoder forward, which changes nothing.
+
+    All ranks call it.
+    """
     image = torch.zeros((chunk, 3, tile_px, tile_px), dtype=engine.dtype, device=engine.device)
     key = torch.zeros(chunk, dtype=torch.int64, device=engine.device)
-    with SavedBytes(engine.module) as saved:
-        engine.encode(image, key)
-    return saved.total
+    with engine.gathered(), LiveBytes() as live:
+        graph_cD = engine.encode(image, key)
+        kept = live.now
+    del graph_cD
+    return kept
+
+
+def refuse_no_memory(tried: int) -> None:
+    """Refuse to halve a call of one tile.
+
+    Raises:
+        TrainingError: says what to change.
+    """
+    if tried == 1:
+        raise TrainingError(
+            "the device has no memory for a single tile. Set execution.activation_checkpointing, take a smaller "
+            "encoder or smaller tiles, or see `gigamil plan`."
+        )
 
 
 def _attention(forward: _Pass) -> Tensor:

@@ -16,6 +16,13 @@ def test_values_are_stable() -> None:
     assert (keyed.uniform(keyed.root_key(0), 4) * 2**24).tolist() == [8336682, 11270730, 8613556, 13018631]
 
 
+@pytest.mark.parametrize("value", [0, 1, -1, 123456789012345, 2**63 - 1, -(2**63)])
+def test_an_integer_folds_as_a_tensor_does(value: int) -> None:
+    # It is mixed outside torch, whose int64 products wrap by themselves.
+    key_n = keyed.fold(keyed.root_key(1), torch.arange(5))
+    assert torch.equal(keyed.fold(key_n, value), keyed.fold(key_n, torch.tensor(value)))
+
+
 def test_draws_are_the_published_generator() -> None:
     # The first outputs of SplitMix64 from state 0 are 0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F.
     top_bits = (keyed.uniform(torch.tensor(0), 3) * 2**24).long().tolist()

@@ -50,7 +50,7 @@ def named(plan: StepPlan, tiles: StepTiles, group: int) -> list[tuple[int, int, 
         for slide, number, image, (x, y) in zip(
             tiles.slide_index_n.tolist(),
             tiles.number_n.tolist(),
-            tiles.image_nHWC.numpy(),
+            tiles.images.read(0, tiles.num_tiles).numpy(),
             tiles.position_n2.tolist(),
             strict=True,
         )
@@ -60,7 +60,7 @@ def named(plan: StepPlan, tiles: StepTiles, group: int) -> list[tuple[int, int, 
 def test_one_rank_reads_what_was_stored(root: Path) -> None:
     shards = ShardSet(root)
     for plan, tiles in read(root, Topology(), 0):
-        assert (tiles.image_nHWC.dtype, tiles.position_n2.dtype) == (torch.uint8, torch.float64)
+        assert (tiles.images.read(0, 1).dtype, tiles.position_n2.dtype) == (torch.uint8, torch.float64)
         wanted = []
         for slide in plan.slides:
             slide_id = IDS[slide]
@@ -76,7 +76,8 @@ def test_one_rank_reads_what_was_stored(root: Path) -> None:
 def test_prefetching_changes_nothing(root: Path, prefetch: int, world: int, rank: int) -> None:
     topology = Topology(world, rank, group_size=world)
     for (_, a), (_, b) in zip(read(root, topology, 0), read(root, topology, prefetch), strict=True):
-        for name in StepTiles.__dataclass_fields__:
+        assert torch.equal(a.images.read(0, a.num_tiles), b.images.read(0, b.num_tiles))
+        for name in ("slide_index_n", "number_n", "position_n2"):
             assert torch.equal(getattr(a, name), getattr(b, name))
 
 
@@ -91,7 +92,7 @@ def test_ranks_together_read_what_one_reads(root: Path, world: int, group_size: 
             assert group_size > 1 or len(own) in (0, *(plan.sizes), sum(plan.sizes))
             together[step] += own
             if not own:
-                assert tiles.image_nHWC.shape == (0, TILE_PX, TILE_PX, 3)
+                assert tiles.images.read(0, 0).shape == (0, TILE_PX, TILE_PX, 3)
     assert [sorted(tiles) for tiles in together] == alone
 
 
@@ -149,6 +150,40 @@ def test_no_more_is_read_ahead_than_was_asked_for(root: Path) -> None:
     assert not asked.acquire(timeout=0.3)
     assert len(seen) == 4
     steps.close()
+
+
+@pytest.mark.parametrize(("prefetch", "steps_at_once"), [(0, 1), (2, 4)])
+def test_tiles_are_held_where_the_steps_that_are_there_at_once_fit(
+    root: Path, prefetch: int, steps_at_once: int
+) -> None:
+    plan = make_plans()[0]
+    needed = sum(plan.sizes) * TILE_PX**2 * 3 * steps_at_once
+    loaders = [
+        StepLoader(ShardSet(root), IDS, TILE_PX, Topology(), prefetch, hold_bytes=hold)
+        for hold in (None, needed, needed - 1)
+    ]
+    steps = [loader.load(plan) for loader in loaders]
+    assert [step.images.held for step in steps] == [True, True, False]
+    assert named(plan, steps[0], 0) == named(plan, steps[2], 0)
+
+
+def test_tiles_that_are_not_held_are_read_when_asked_for_and_their_errors_come_then(root: Path) -> None:
+    asked: list[tuple[str, int, int]] = []
+
+    class Damaged(ShardSet):
+        def read_span(self, slide_id: str, start: int, stop: int, verify: bool = True) -> list[bytes]:
+            asked.append((slide_id, start, stop))
+            jpegs = super().read_span(slide_id, start, stop, verify)
+            return [b"not a jpeg"] * len(jpegs) if slide_id == "c" else jpegs
+
+    plan = make_plans()[1]
+    assert [(IDS[slide], SIZES[IDS[slide]]) for slide in plan.slides] == [("e", 2), ("c", 9)]
+    tiles = StepLoader(Damaged(root), IDS, TILE_PX, Topology(), 0, hold_bytes=0).load(plan)
+    assert asked == []
+    assert tiles.images.read(0, 2).shape == (2, TILE_PX, TILE_PX, 3)
+    with pytest.raises(ShardError, match=r"slide 'c', tiles 0..2: the JPEG at position 0 of 3"):
+        tiles.images.read(1, 5)
+    assert asked == [("e", 0, 2), ("e", 1, 2), ("c", 0, 3)]
 
 
 def test_the_time_spent_waiting_is_counted(root: Path) -> None:

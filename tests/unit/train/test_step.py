@@ -7,23 +7,25 @@ import torch
 from torch import Tensor
 
 from gigamil.data.pipeline import DrawKeys, StepTiles
+from gigamil.errors import TrainingError
 from gigamil.parallel.topology import Topology
 from gigamil.partition.schedule import StepPlan, plan_steps
 from gigamil.testing.exactness import Case, make_case_model, make_case_tiles, own_tiles, slide_names
 from gigamil.train.loss import cross_entropy
 from gigamil.train.plain import PlainEngine
-from gigamil.train.step import ExactStep, Ranks, measure_chunk_bytes
+from gigamil.train.step import ExactStep, Ranks, fit_chunk, measure_chunk_bytes
 
 CASE = Case((5, 1, 3), group_size=1)
 
 
-def make_step(num_keep: int = 1, loss=cross_entropy, augment=None, chunk: int = 2) -> ExactStep:
+def make_step(num_keep: int = 1, loss=cross_entropy, augment=None, chunk: int = 2, pad: bool = False) -> ExactStep:
     model = make_case_model(CASE, torch.float64)
     head = [p for name, p in model.named_parameters() if not name.startswith("encoder.")]
     groups = [{"params": list(model.encoder.parameters())}, {"params": head}]
     engine = PlainEngine(model, torch.optim.SGD(groups, lr=0.1))
     keys = DrawKeys(0, slide_names(CASE))
-    return ExactStep(engine, Ranks(Topology()), loss, chunk=chunk, num_keep=num_keep, keys=keys, augment=augment)
+    settings = {"chunk": chunk, "num_keep": num_keep, "keys": keys, "augment": augment, "pad": pad}
+    return ExactStep(engine, Ranks(Topology()), loss, **settings)
 
 
 def make_input() -> tuple[StepPlan, StepTiles, Tensor, Tensor]:
@@ -141,3 +143,40 @@ def test_a_chunk_of_twice_the_tiles_costs_twice_the_bytes() -> None:
     assert one > 8 * 3 * 32 * 32 * 8  # at least the images themselves
     assert two == pytest.approx(2 * one, rel=0.02)
     assert all(p.grad is None for p in step.engine.module.parameters())
+
+
+def shrink_the_device(step: ExactStep, limit: int) -> list[int]:
+    """No memory for a graph of more tiles than the limit; gives the sizes of the calls with a graph, as they come."""
+    sizes: list[int] = []
+
+    def check(_module: object, args: tuple[Tensor, ...]) -> None:
+        if torch.is_grad_enabled():
+            sizes.append(len(args[0]))
+            if len(args[0]) > limit:
+                raise torch.OutOfMemoryError("injected")
+
+    step.engine.module.encoder.backbone.register_forward_pre_hook(check)
+    return sizes
+
+
+def test_padded_chunks_are_halved_in_the_second_pass_too() -> None:
+    plan, tiles, label_S, weight_S = make_input()
+    small, large = make_step(0, chunk=8, pad=True), make_step(0, chunk=8, pad=True)
+    sizes = shrink_the_device(small, 2)
+    for step in (small, large):
+        step.train(plan, tiles, label_S, weight_S, step=0, learning_rates=[0.1, 0.1])
+    # 9 tiles: a call of 8 in parts of 2, and one of 1, filled up to the size of the day.
+    assert sizes == [8, 4, 2, 2, 4, 2, 2, 2]
+    for name, values in parameters(small).items():
+        torch.testing.assert_close(values, parameters(large)[name], rtol=1e-12, atol=1e-14)
+
+
+def test_a_first_chunk_that_does_not_fit_is_halved_before_training() -> None:
+    step = make_step()
+    wanted = measure_chunk_bytes(step.engine, 3, 32)
+    sizes = shrink_the_device(step, 5)
+    assert fit_chunk(step.engine, Ranks(Topology()), 13, 32) == (3, wanted)
+    assert sizes == [13, 6, 3]
+    shrink_the_device(step, 0)
+    with pytest.raises(TrainingError, match="no memory for a single tile"):
+        fit_chunk(step.engine, Ranks(Topology()), 4, 32)
