@@ -107,6 +107,11 @@ def _parser() -> argparse.ArgumentParser:
     verb("tile", _tile, "slides -> shards of tissue tiles")
     split = verb("split", _split, "train, validation and test slides, by patient")
     split.add_argument("--again", action="store_true", help="make a new split, if nothing was trained on the old one")
+    plan = verb("plan", _plan, "predict memory, communication and cost of training, without training")
+    plan.add_argument("--ranks", type=_count, metavar="N", help="processes, in place of execution.ranks")
+    plan.add_argument("--gpu-memory", metavar="SIZE", help="memory of a rank: 80GB, 512MiB, bytes (what is free here)")
+    plan.add_argument("--tiles", type=_count, metavar="N", help="tiles of a step over all ranks (those of the shards)")
+    plan.add_argument("--json", action="store_true", help="print figures for programs")
     verb("train", _train, "train on execution.ranks ranks of this machine, or continue")
     verb("evaluate", _evaluate, "predict held-out slides; metrics with intervals, figures, report")
     heatmap = verb("heatmap", _heatmap, "draw the attention of slides")
@@ -197,6 +202,18 @@ def _split(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     splits = split_cohort(config, again=arguments.again)
     print(f"{len(splits.train)} train, {len(splits.val)} validation, {len(splits.test)} test slides ({splits.method})")
     print(f"frozen in '{config.bookkeeping.out / 'splits.json'}'")
+    return 0
+
+
+def _plan(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
+    from dataclasses import asdict
+
+    from gigamil.train.plan import parse_bytes, plan_run
+
+    config = _load(arguments, overrides)
+    memory = None if arguments.gpu_memory is None else parse_bytes(arguments.gpu_memory)
+    plan = plan_run(config, ranks=arguments.ranks, device_memory=memory, tiles=arguments.tiles)
+    print(json.dumps(asdict(plan) | {"fits": plan.fits}) if arguments.json else plan.text())
     return 0
 
 

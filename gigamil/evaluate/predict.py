@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from gigamil.shards.read import ShardSet
 from gigamil.train.checkpoint import CheckpointStore
 from gigamil.train.loss import losses
 from gigamil.train.plain import PlainEngine
+from gigamil.train.prepare import set_batchnorm
 from gigamil.train.step import ExactStep, Ranks
 
 
@@ -72,7 +74,8 @@ def predict_slides(
     sizes = [shards.manifest(slide_id).num_tiles for slide_id in slide_ids]
     refuse_small_bags(model, slide_ids, sizes)
     topology = Topology()
-    tile_bytes = memory_budget(config.execution.tile_cache, device, 1, default=0.25)
+    set_batchnorm(model.encoder, config.execution)
+    share = partial(memory_budget, config.execution.tile_cache, local_ranks=1, default=0.25)
     step = ExactStep(
         PlainEngine(model.to(device)),
         Ranks(topology),
@@ -80,10 +83,11 @@ def predict_slides(
         chunk=config.execution.chunk,
         num_keep=0,
         keys=DrawKeys(0, slide_ids),  # never drawn from: prediction has no dropout and no augmentation
-        cache_bytes=tile_bytes,
+        cache_bytes=share(device=device),
     )
     plans = plan_steps(range(len(slide_ids)), sizes, 1, topology.num_groups, topology.group_size)
-    loader = StepLoader(shards, slide_ids, config.slides.tile_px, topology, config.execution.prefetch, tile_bytes)
+    held_bytes = share(device=torch.device("cpu"))
+    loader = StepLoader(shards, slide_ids, config.slides.tile_px, topology, config.execution.prefetch, held_bytes)
     hidden = None if config.bookkeeping.progress else True
     bfloat16 = config.science.precision == "bfloat16"
     for plan, tiles in tqdm(loader.iterate(plans), total=len(plans), desc="predict", unit="slide", disable=hidden):

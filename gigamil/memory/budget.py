@@ -1,63 +1,37 @@
 """How many graphs fit: measured bytes of one chunk's graph against a budget."""
 
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import psutil
 import torch
-from torch import Tensor, nn
 
 from gigamil.memory.cgroup import cgroup_free_bytes
 
 
-class SavedBytes:
-    """Context manager that counts the bytes autograd saves for backward, each storage once, parameters left out.
-
-    Args:
-        module: its parameters and buffers are there anyway and are not counted.
-    Attributes:
-        total: bytes saved so far.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self.total = 0
-        tensors = [*module.parameters(), *module.buffers()]
-        self._seen = {tensor.untyped_storage().data_ptr() for tensor in tensors}
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._count, lambda tensor: tensor)
-
-    def _count(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._seen:
-            self._seen.add(storage.data_ptr())
-            self.total += storage.nbytes()
-        return tensor
-
-    def __enter__(self) -> Self:
-        self._hooks.__enter__()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._hooks.__exit__(kind, error, trace)
-
-
-def memory_budget(setting: float | None, device: torch.device, local_ranks: int, default: float = 0.5) -> int:
-    """Bytes that kept graphs may take on this rank.
+def memory_budget(
+    setting: float | None, device: torch.device, local_ranks: int, default: float = 0.5, reserve: int = 0
+) -> int:
+    """Bytes that kept graphs, or decoded tiles, may take on this rank.
 
     Args:
         setting: bytes (> 1) or a fraction (<= 1) of free memory; None means `default`.
         device: whose memory.
         local_ranks: ranks that share this machine's memory (a GPU is taken to be a rank's own).
+        reserve: bytes of what is free now that something else will need at the same time.
     """
     if setting is not None and setting > 1:
         return int(setting)
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        free = free_memory() // local_ranks
+    free = max(0, free_device_memory(device, local_ranks) - reserve)
     return int(free * (default if setting is None else setting))
+
+
+def free_device_memory(device: torch.device, local_ranks: int) -> int:
+    """Bytes that this rank may still take: of its GPU, or its share of the machine's main memory."""
+    if device.type != "cuda":
+        return free_memory() // local_ranks
+    # What the allocator holds without using it is not free to the driver, but to us.
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + held
 
 
 def free_memory(cgroup_root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> int:

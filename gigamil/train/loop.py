@@ -21,8 +21,9 @@ from gigamil.errors import ConfigError, Interrupted, TrainingError
 from gigamil.keyed import text_key
 from gigamil.memory.budget import chunks_to_keep, memory_budget
 from gigamil.metrics import auc
-from gigamil.models.encoder import refuse_train_batchnorm
-from gigamil.models.slide_model import SlideModel, build_model, refuse_small_bags
+from gigamil.models.blocks import parameters_by_rate
+from gigamil.models.networks import has_blank_statistics
+from gigamil.models.slide_model import SlideModel, build_model
 from gigamil.partition.schedule import StepPlan, epoch_order, plan_steps
 from gigamil.train.agree import StopSignals, agree, all_or_none, first_rank_says
 from gigamil.train.checkpoint import CheckpointStore
@@ -30,11 +31,12 @@ from gigamil.train.cohort import SlideSet, load_training_data
 from gigamil.train.engine import DeepSpeedEngine, TrainingState, deepspeed_config, make_optimizer
 from gigamil.train.identity import refuse_other_run, run_identity
 from gigamil.train.loss import class_weights, losses
-from gigamil.train.memory import peak_memory_bytes
+from gigamil.train.memory import MemoryMeter, import_encoder, peak_memory_bytes
+from gigamil.train.prepare import prepare_model
 from gigamil.train.recorder import Recorder
 from gigamil.train.records import git_commit, versions
 from gigamil.train.schedule import learning_rates
-from gigamil.train.step import ExactStep, Ranks, StepResult, measure_chunk_bytes
+from gigamil.train.step import ExactStep, Ranks, StepResult, fit_chunk
 
 _log = logging.getLogger("gigamil")
 _MAX_SKIPPED_IN_A_ROW = 3
@@ -94,6 +96,10 @@ class Trainer:
         self._signals = StopSignals() if stop is None else stop
         self._store = CheckpointStore(self.out / "checkpoints", config.bookkeeping.keep_checkpoints)
         self._recorder: Recorder | None = None
+        with all_or_none(ranks, device):
+            import_encoder(config)
+        self._memory = MemoryMeter(device, config)
+        self._memory_above = 0
         generation = first_rank_says(ranks, self._store.find())  # a shared folder may look older to some ranks
         with all_or_none(ranks, device):
             model, state = self._load(generation)
@@ -107,7 +113,8 @@ class Trainer:
         self._num_steps = self._steps_per_epoch * config.science.epochs
         chunk, num_keep = self._choose_memory()
         self.progress = replace(self.progress, chunk=chunk, num_keep=num_keep, memory_settings=self._memory_settings())
-        self._tile_bytes = memory_budget(config.execution.tile_cache, device, ranks.topology.local_size, default=0.25)
+        share = partial(memory_budget, config.execution.tile_cache, local_ranks=ranks.topology.local_size, default=0.25)
+        self._device_bytes, self._main_bytes = share(device=device), share(device=torch.device("cpu"))
         self._step = self._make_step(self._train, chunk, num_keep)
         self._evaluator = self._make_step(self._val, chunk, 0)
         self._last_save = time.monotonic()
@@ -146,10 +153,16 @@ class Trainer:
         self._class_weight_K = class_weights(science.class_weights, self._train.label_S.tolist(), num_classes)
         model = build_model(science, num_classes)
         model.train()
-        refuse_train_batchnorm(model)
-        refuse_small_bags(model, (*self._train.slide_ids, *self._val.slide_ids), (*self._train.sizes, *self._val.sizes))
+        prepare_model(model, self.config, self._train, self._val, self._ranks.topology, self._device)
+        self._shares = tuple(parameters_by_rate(model.encoder.backbone, science.optim.layer_decay))
         if generation is None:
             self._warm_start(model)
+            if self._ranks.topology.rank == 0 and has_blank_statistics(model.encoder):
+                _log.warning(
+                    "BatchNorm of encoder %s keeps mean 0 and variance 1, as in a random start: give it "
+                    "science.encoder.weights, or take an encoder with GroupNorm or LayerNorm (docs/encoders.md)",
+                    science.encoder.name,
+                )
             return model, None
         state, facts = self._store.read(generation)
         refuse_other_run(self._identity, facts, self.out)
@@ -187,15 +200,16 @@ class Trainer:
             num_keep=num_keep,
             keys=DrawKeys(science.seed, slides.slide_ids),
             augment=partial(augment_tiles, settings=science.augment),
-            cache_bytes=self._tile_bytes,
+            cache_bytes=self._device_bytes,
             pad=self.config.execution.compile,
         )
 
     def _train_epoch(self) -> None:
         epoch = self.progress.epoch
-        train_encoder = epoch >= self.config.science.optim.freeze_encoder_epochs
-        if epoch and epoch == self.config.science.optim.freeze_encoder_epochs and self.progress.step_in_epoch == 0:
-            self.engine.restart_bias_correction(group=0)
+        num_frozen = self.config.science.optim.freeze_encoder_epochs
+        train_encoder = epoch >= num_frozen and bool(self._shares)
+        if epoch and epoch == num_frozen and self.progress.step_in_epoch == 0:
+            self.engine.restart_bias_correction(range(len(self._shares)))
         plans = self._plans(self._train, epoch_order(len(self._train), self.config.science.seed, epoch))
         todo = plans[self.progress.step_in_epoch :]
         loader = self._loader(self._train)
@@ -220,7 +234,8 @@ class Trainer:
         # Layers of others draw from torch's own generator: seeded by the step, it needs no place in a checkpoint.
         torch.manual_seed(text_key(f"{self.config.science.seed}/{self.progress.step}/{self._ranks.topology.rank}"))
         label_S = self._train.label_S[list(plan.slides)]
-        rates = learning_rates(self.config.science.optim, self.progress.step, self._num_steps, train_encoder)
+        optim = self.config.science.optim
+        rates = learning_rates(optim, self.progress.step, self._num_steps, train_encoder, self._shares)
         result = self._step.train(
             plan,
             tiles,
@@ -230,6 +245,7 @@ class Trainer:
             learning_rates=rates,
             train_encoder=train_encoder,
         )
+        self._memory.above_start()
         self.progress = replace(
             self.progress,
             step=self.progress.step + 1,
@@ -301,12 +317,14 @@ class Trainer:
 
     def _save(self, best: bool) -> None:
         state = self.engine.state()  # all ranks take part
+        self._memory.above_start()
         self._adopt_chunk()
         with all_or_none(self._ranks, self._device):  # also: nobody runs ahead of a commit
             if self._recorder is not None:
                 progress = replace(self.progress, metrics_bytes=self._recorder.sync())
                 facts = asdict(progress) | self._identity | {"versions": versions()}
                 self._store.commit(state, facts, step=progress.step, best=best)
+        self._memory_above = self._over_ranks(self._memory.above_start(), dist.ReduceOp.MAX)
         self._last_save = time.monotonic()
 
     def _choose_memory(self) -> tuple[int, int]:
@@ -314,29 +332,39 @@ class Trainer:
         execution, before = self.config.execution, self.progress
         if before.num_keep is not None and before.memory_settings == self._memory_settings():
             return before.chunk or execution.chunk, before.num_keep
-        chunk_bytes = measure_chunk_bytes(self.engine, execution.chunk, self.config.slides.tile_px)
-        budget = memory_budget(execution.memory_budget, self._device, self._ranks.topology.local_size)
+        if execution.memory != "auto":
+            return execution.chunk, chunks_to_keep(execution.memory, 0, 0)
+        chunk, chunk_bytes = fit_chunk(self.engine, self._ranks, execution.chunk, self.config.slides.tile_px)
+        # Gradients and the work on a chunk without its graph come beside the kept ones, and are not there yet.
+        gradients = sum(
+            getattr(p, "ds_numel", p.numel()) * 4 for p in self.engine.module.parameters() if p.requires_grad
+        )
+        local_size, reserve = self._ranks.topology.local_size, gradients + chunk_bytes + chunk_bytes // 4
+        budget = memory_budget(execution.memory_budget, self._device, local_size, reserve=reserve)
         num_keep = chunks_to_keep(execution.memory, chunk_bytes, budget)
-        return execution.chunk, self._least(num_keep)
+        return chunk, self._over_ranks(num_keep, dist.ReduceOp.MIN)
 
     def _adopt_chunk(self) -> None:
         """Where a rank ran out of memory, all take its smaller chunk: a continued run then sums as this one goes on."""
-        self._step.chunk, self._step.num_keep = self._least(self._step.chunk), self._least(self._step.num_keep)
+        self._step.chunk = self._over_ranks(self._step.chunk, dist.ReduceOp.MIN)
+        self._step.num_keep = self._over_ranks(self._step.num_keep, dist.ReduceOp.MIN)
         if self._step.chunk != self.progress.chunk and self._recorder is not None:
             _log.warning("memory ran out: %d tiles per encoder call from now on", self._step.chunk)
         self.progress = replace(self.progress, chunk=self._step.chunk, num_keep=self._step.num_keep)
 
-    def _least(self, number: int) -> int:
-        """The smallest of all ranks' numbers."""
+    def _over_ranks(self, number: int, operation: dist.ReduceOp.RedOpType) -> int:
+        """The smallest or largest of all ranks' numbers."""
         if self._ranks.world is None:
             return number
-        least = torch.tensor(number, device=self._device)
-        dist.all_reduce(least, op=dist.ReduceOp.MIN, group=self._ranks.world)
-        return int(least)
+        found = torch.tensor(number, device=self._device)
+        dist.all_reduce(found, op=operation, group=self._ranks.world)
+        return int(found)
 
     def _memory_settings(self) -> str:
         execution = self.config.execution
-        return f"{execution.memory} {execution.memory_budget} {execution.chunk} {self._ranks.topology.world_size}"
+        words = (execution.memory, execution.memory_budget, execution.chunk, self._ranks.topology.world_size)
+        encoder = (execution.activation_checkpointing, execution.fold_batchnorm, execution.compile)
+        return " ".join(map(str, (*words, *encoder)))
 
     def _plans(self, slides: SlideSet, order: Sequence[int] | np.ndarray) -> list[StepPlan]:
         topology = self._ranks.topology
@@ -347,7 +375,7 @@ class Trainer:
         prefetch = self.config.execution.prefetch
         tile_px = self.config.slides.tile_px
         topology = self._ranks.topology
-        return StepLoader(self.data.shards, slides.slide_ids, tile_px, topology, prefetch, self._tile_bytes)
+        return StepLoader(self.data.shards, slides.slide_ids, tile_px, topology, prefetch, self._main_bytes)
 
     def _is_early_stop(self) -> bool:
         patience = self.config.science.early_stop_epochs
@@ -381,6 +409,7 @@ class Trainer:
             "slides": {"train": len(self._train), "val": len(self._val), "test": len(self.data.splits.test)},
             "tiles": {"train": sum(self._train.sizes), "val": sum(self._val.sizes)},
             "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in self.engine.module.parameters()),
+            "memory_start_bytes": self._memory.start,
             "git_commit": git_commit(Path.cwd()),
             "versions": versions(),
         }
@@ -398,6 +427,7 @@ class Trainer:
         finally:
             final["steps"] = self.progress.step
             final |= {"best_epoch": self.progress.best_epoch, "best_val_auc": self.progress.best_auc}
+            final["peak_memory_above_start_bytes"] = self._memory_above
 
     def _report_step(
         self, plan: StepPlan, result: StepResult, rates: list[float], seconds: float, loader: StepLoader
@@ -407,8 +437,8 @@ class Trainer:
             return
         values = {
             "loss": result.loss,
-            "lr_encoder": rates[0],
-            "lr_head": rates[1],
+            "lr_encoder": max(rates[:-1], default=0.0),
+            "lr_head": rates[-1],
             "grad_norm": result.grad_norm,
             "slides_per_s": len(plan.slides) / seconds,
             "tiles_per_s": sum(plan.sizes) / seconds,

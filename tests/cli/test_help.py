@@ -15,8 +15,8 @@ from gigamil.config.load import load_config
 from gigamil.config.schema import RunConfig
 
 README = (Path(__file__).resolve().parents[2] / "README.md").read_text()
-VERBS = ("demo", "init", "doctor", "inspect", "tile", "split", "train", "evaluate", "heatmap", "run")
-WITH_CONFIG = ("tile", "split", "train", "evaluate", "heatmap", "run")
+VERBS = ("demo", "init", "doctor", "inspect", "tile", "split", "plan", "train", "evaluate", "heatmap", "run")
+WITH_CONFIG = ("tile", "split", "plan", "train", "evaluate", "heatmap", "run")
 # Of the classes that errors.py itself declares: gigamil's other ones carry the code of a rank's error.
 DECLARED = [kind for kind in errors.GigamilError.__subclasses__() if kind.__module__ == errors.__name__]
 EXIT_CODES = {"0"} | {str(kind.exit_code) for kind in DECLARED}

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,14 @@ import torch
 from torch import Tensor
 
 from gigamil.config.schema import RunConfig
-from gigamil.errors import ConfigError, TrainingError
+from gigamil.data.decode import decode_tiles
+from gigamil.errors import BagError, ConfigError, TrainingError
+from gigamil.models.encoder import encoders
 from gigamil.parallel.topology import Topology
 from gigamil.shards.read import ShardSet
 from gigamil.testing.ranks import run_on_ranks
 from gigamil.testing.runs import tiny_run
+from gigamil.train import plan
 from gigamil.train.engine import make_ranks, skip_kernel_build
 from gigamil.train.loop import Trainer
 from gigamil.train.loss import cross_entropy, losses
@@ -157,3 +161,120 @@ def test_a_run_folder_of_another_configuration_is_refused_with_the_key_that_diff
     [message] = run_on_ranks(_refit, 1, 1, config, other)
     assert "different: science.seed" in message
     assert "bookkeeping.out" in message
+
+
+def test_a_damaged_tile_met_in_the_middle_of_a_step_ends_all_ranks_too(tmp_path: Path) -> None:
+    config = tiny_run(tmp_path, execution={"ranks": 2, "tile_cache": 0})  # tiles are decoded chunk by chunk
+    shards = ShardSet(config.bookkeeping.shard_root)
+    index = shards.index("s02")
+    tar = shards.folder("s02") / shards.manifest("s02").tars[0].name
+    data = bytearray(tar.read_bytes())
+    data[int(index.offset[-1]) + 50] ^= 0xFF
+    tar.write_bytes(data)
+    for message in run_on_ranks(_fit_error, 2, 2, config):
+        assert "slide 's02'" in message
+        assert "tile 29 is not what was written: its crc32 differs" in message
+
+
+def _infinite_tile(rank: int, num_ranks: int, config: RunConfig) -> str:
+    @encoders.register("fails_on_light")
+    class FailsOnLight(torch.nn.Module):
+        """The embedding of a light tile is infinite."""
+
+        dim = 4
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = torch.nn.Linear(3, 4)
+
+        def forward(self, image_nCHW: Tensor, tile_key_n: Tensor | None) -> Tensor:
+            mean_nC = image_nCHW.mean(dim=(2, 3))
+            return self.linear(mean_nC) / (mean_nC.amin(1, keepdim=True) < 1.2)
+
+    return _fit_error(rank, num_ranks, config)
+
+
+def test_an_embedding_that_is_not_finite_is_named_by_slide_and_tile(tmp_path: Path) -> None:
+    augment = {"brightness": 0, "contrast": 0, "saturation": 0, "stain": 0}
+    config = tiny_run(
+        tmp_path,
+        execution={"ranks": 2},
+        science={"encoder": {"name": "fails_on_light", "mean": (0, 0, 0), "std": (0.5, 0.5, 0.5)}, "augment": augment},
+    )
+    messages = run_on_ranks(_infinite_tile, 2, 2, config)
+    assert messages[0] == messages[1]
+    found = re.search(r"the embedding of tile (\d+) of slide '(s\d\d)' is not", messages[0])
+    assert found is not None
+    shards = ShardSet(config.bookkeeping.shard_root)
+    tile = decode_tiles(shards.read_span(found[2], int(found[1]), int(found[1]) + 1), config.slides.tile_px)
+    assert tile.mean(axis=(1, 2)).min() / 255 > 0.6
+
+
+def _small_bags(rank: int, num_ranks: int, config: RunConfig) -> str:
+    with pytest.raises(BagError) as caught:
+        _trainer(rank, num_ranks, config)
+    return str(caught.value)
+
+
+def test_slides_with_fewer_tiles_than_k_are_refused_before_training(tmp_path: Path) -> None:
+    aggregator = {"name": "topk_mean", "options": {"k": 9}}
+    config = tiny_run(tmp_path, science={"aggregator": aggregator})
+    (message,) = run_on_ranks(_small_bags, 1, 1, config)
+    assert message.startswith("2 slides have fewer than the 9 tiles that")
+    assert "for example 's03' with 1" in message
+
+
+def _refusal(rank: int, num_ranks: int, config: RunConfig, free_bytes: int | None = None) -> str:
+    @encoders.register("centred")
+    class Centred(torch.nn.Module):
+        """Subtracts the mean over the tiles of a chunk."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.dim = 3
+            self.body = torch.nn.Sequential(torch.nn.Conv2d(3, 3, 3), _LessTheMean())
+
+        def forward(self, image_nCHW: Tensor, tile_key_n: Tensor | None) -> Tensor:
+            return self.body(image_nCHW).mean(dim=(2, 3))
+
+    if free_bytes is not None:
+        plan.free_device_memory = lambda device, local_ranks: free_bytes
+    with pytest.raises(ConfigError) as caught:
+        _trainer(rank, num_ranks, config)
+    return str(caught.value)
+
+
+class _LessTheMean(torch.nn.Module):
+    def forward(self, values_nCHW: Tensor) -> Tensor:
+        return values_nCHW - values_nCHW.mean(0)
+
+
+def test_an_encoder_that_mixes_the_tiles_of_a_chunk_is_refused_by_the_layers_name(tmp_path: Path) -> None:
+    config = tiny_run(tmp_path, execution={"ranks": 2}, science={"encoder": {"name": "centred"}})
+    for message in run_on_ranks(_refusal, 2, 2, config):
+        assert message.startswith("layer 'encoder.backbone.body.1' (_LessTheMean) mixes the tiles of a chunk")
+
+
+def test_keep_that_cannot_fit_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    config = tiny_run(tmp_path, execution={"ranks": 2, "memory": "keep"})
+    for message in run_on_ranks(_refusal, 2, 2, config, 20_000_000):
+        assert re.match(
+            r"execution.memory=keep: the graphs of 2\d tiles take .* on a rank with all else, and 20 MB are", message
+        )
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_wholly_frozen_encoder_stays_as_it_is_and_the_head_learns(tmp_path: Path) -> None:
+    encoder = {"name": "small_cnn", "options": {"width": 4}, "freeze_blocks": 4}
+    config = tiny_run(tmp_path, execution={"ranks": 2}, science={"encoder": encoder})
+    for changed in run_on_ranks(_changed_parameters, 2, 2, config):
+        assert changed
+        assert not [name for name in changed if name.startswith("encoder.")]
+
+
+def _changed_parameters(rank: int, num_ranks: int, config: RunConfig) -> list[str]:
+    trainer = _trainer(rank, num_ranks, config)
+    before = {name: values.clone() for name, values in trainer.engine.state().parameters.items()}
+    trainer.fit()
+    after = trainer.engine.state().parameters
+    return [name for name in before if not torch.equal(before[name], after[name])]

@@ -5,6 +5,7 @@ changes when something is computed or read agrees bit for bit.
 """
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,16 @@ OTHER_SUMS: dict[str, dict[str, Any]] = {
     "zero 2": {"zero_stage": 2},
     "zero 3": {"zero_stage": 3},
 }
+# With a network that has BatchNorm and blocks.
+SAME_ENCODER_SUMS: dict[str, dict[str, Any]] = {
+    "blocks recomputed": {"activation_checkpointing": "blocks"},
+    "blocks recomputed, replay": {"activation_checkpointing": "cpu", "memory": "replay"},
+    "moments in main memory": {"offload": True},
+    "zero 3": {"zero_stage": 3},
+}
+OTHER_ENCODER_SUMS: dict[str, dict[str, Any]] = {
+    "BatchNorm as it is": {"fold_batchnorm": False},
+}
 
 
 def _train(rank: int, num_ranks: int, configs: list[RunConfig]) -> list[list[float]]:
@@ -49,12 +60,14 @@ def _train(rank: int, num_ranks: int, configs: list[RunConfig]) -> list[list[flo
     return losses
 
 
-def _losses(folder: Path, num_ranks: int, variants: dict[str, dict[str, Any]]) -> dict[str, list[float]]:
+def _losses(
+    folder: Path, num_ranks: int, variants: dict[str, dict[str, Any]], **science: Any
+) -> dict[str, list[float]]:
     configs = []
     for name, execution in variants.items():
         out = folder / f"{num_ranks} ranks, {name}"
         execution = {"ranks": num_ranks} | execution
-        configs.append(tiny_run(folder, execution=execution, bookkeeping={"out": out}, science={"epochs": 2}))
+        configs.append(tiny_run(folder, execution=execution, bookkeeping={"out": out}, science={"epochs": 2} | science))
     found = run_on_ranks(_train, num_ranks, num_ranks, configs, timeout_s=240)
     assert all(len(losses) == 8 for losses in found[0])
     return dict(zip(variants, found[0], strict=True))
@@ -84,3 +97,20 @@ def test_losses_do_not_depend_on_how_a_run_is_executed(tmp_path: Path) -> None:
     }
     for world, losses in worlds.items():
         assert losses[:NUM_LOSSES] == pytest.approx(one["base"][:NUM_LOSSES], rel=TO_ROUNDING, abs=0), world
+
+
+def test_losses_do_not_depend_on_how_the_encoder_is_computed(tmp_path: Path) -> None:
+    network = {"name": "timm/test_resnet"}
+    found = _losses(tmp_path, 1, {"base": {}, **SAME_ENCODER_SUMS, **OTHER_ENCODER_SUMS}, encoder=network)
+    for name in SAME_ENCODER_SUMS:
+        assert found[name] == found["base"], name
+    for name in OTHER_ENCODER_SUMS:
+        assert found[name] != found["base"], f"{name} computes nothing in another way"
+        assert found[name][:NUM_LOSSES] == pytest.approx(found["base"][:NUM_LOSSES], rel=TO_ROUNDING, abs=0), name
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_losses_of_a_compiled_encoder(tmp_path: Path) -> None:
+    found = _losses(tmp_path, 1, {"base": {}, "compiled": {"compile": True}})
+    assert found["compiled"] != found["base"], "nothing was compiled"
+    assert found["compiled"][:NUM_LOSSES] == pytest.approx(found["base"][:NUM_LOSSES], rel=TO_ROUNDING, abs=0)

@@ -5,53 +5,8 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from torch import nn
 
-from gigamil.memory.budget import SavedBytes, chunks_to_keep, free_memory, memory_budget
-
-
-def test_one_linear_layer_saves_its_input() -> None:
-    layer = nn.Linear(8, 4)
-    with SavedBytes(layer) as saved:
-        layer(torch.rand(10, 8))
-    assert saved.total == 10 * 8 * 4  # the weight is a parameter: there anyway
-
-
-def test_a_tensor_that_two_layers_save_counts_once() -> None:
-    layers = nn.ModuleList([nn.Linear(8, 4), nn.Linear(8, 4)])
-    image = torch.rand(10, 8)
-    with SavedBytes(layers) as saved:
-        layers[0](image), layers[1](image)
-        first = saved.total
-        layers[0](torch.rand(10, 8))
-    assert (first, saved.total) == (320, 640)
-
-
-def test_an_activation_is_counted_besides_the_input() -> None:
-    model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
-    with SavedBytes(model) as saved:
-        model(torch.rand(10, 8))
-    assert saved.total == 10 * (8 + 4) * 4  # the ReLU's output, which it shares with the last layer
-
-
-def test_nothing_is_saved_without_a_graph_and_buffers_are_free() -> None:
-    model = nn.BatchNorm1d(3).eval()
-    with SavedBytes(model) as saved, torch.no_grad():
-        model(torch.rand(5, 3))
-    assert saved.total == 0
-    with SavedBytes(model) as saved:
-        model(torch.rand(5, 3))
-    assert saved.total == 5 * 3 * 4  # its statistics are buffers
-
-
-def test_the_graph_still_works_and_counting_ends() -> None:
-    layer = nn.Linear(2, 1)
-    with SavedBytes(layer) as saved:
-        out = layer(torch.ones(3, 2))
-    out.sum().backward()
-    assert layer.weight.grad.tolist() == [[3.0, 3.0]]
-    layer(torch.rand(4, 2))
-    assert saved.total == 24
+from gigamil.memory.budget import chunks_to_keep, free_memory, memory_budget
 
 
 def test_a_budget_is_bytes_or_a_share_of_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,700 @@
+"""How much memory a run will take, before it is started: `gigamil plan`.
+
+What an encoder call takes is measured on this machine's CPU with two small numbers of tiles, and is a straight line in
+their number. Aggregator and head go through the largest step as one rank of it, with tensors that have shapes and no
+memory (torch's meta device). Everything else is counted. Bytes throughout; P parameters to train (float32), W ranks, n tiles of a rank,
+c tiles of a chunk.
+
+Why phases add up on a CPU: an encoder's working memory consists of blocks that glibc does not give back to the system
+once they are free (below 32 MiB), so it is still resident while gradients are reduced, weights are updated and the
+checkpoint is written. On a GPU memory is what tensors hold at the same time, and the largest phase counts.
+"""
+
+import copy
+import functools
+import itertools
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from gigamil.config.schema import RunConfig
+from gigamil.data.augment import augment_tiles, to_float
+from gigamil.errors import ConfigError, GigamilError
+from gigamil.memory.budget import chunks_to_keep, free_device_memory
+from gigamil.memory.checkpointing import checkpoint_blocks
+from gigamil.memory.peak import CallBytes, LiveBytes, measure_calls
+from gigamil.models.aggregator import min_tiles
+from gigamil.models.bag import Bag, LocalPool, Pool, Pooled, Ranges
+from gigamil.models.slide_model import SlideModel, build_model
+from gigamil.partition.schedule import StepPlan, plan_steps
+from gigamil.partition.spans import owned_range
+from gigamil.train.cohort import load_training_data
+from gigamil.train.engine import deepspeed_config, make_optimizer
+
+# Resident memory of a rank that is no tensor: code that oneDNN makes, thread buffers, indices, Python's objects.
+# Measured with an encoder of 60 kB (tests/engine/test_plan.py), whose tensors are next to nothing.
+PROCESS_BYTES = 32 * 2**20
+# Without shards, a slide is taken to have so much tissue: a resection of common size.
+_TISSUE_MM2 = 100.0
+# Tiles of a rank with which an aggregator is measured that cannot do without values: more than a block of
+# `gigamil.models.rowwise`, from which on memory is a straight line.
+_FEW_TILES = 4608
+_UNITS = {"": 1, "B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table.
+
+    Attributes:
+        name: what takes memory.
+        bytes: on this rank's device.
+        note: how the figure comes about.
+    """
+
+    name: str
+    bytes: int
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the busiest rank takes in the largest step, and what the step costs.
+
+    Attributes:
+        device: "cpu" or "cuda".
+        ranks: W.
+        slides: how the sizes of slides are known.
+        tiles_largest, tiles_typical: of a step, over all ranks.
+        tiles_rank: of the busiest rank in the largest step.
+        chunk: tiles per encoder call.
+        num_chunks, num_kept: encoder calls of that rank, and those whose graphs are kept.
+        kept_share: f, of its tiles.
+        rows: what takes memory; peak is their sum.
+        peak: bytes above the process's start.
+        available: bytes that there are for a rank; None if that is not known.
+        traffic: bytes that a rank sends per step, by purpose.
+        cost: forwards of one tile that a tile costs: 4 - f, or 5 - f with activation checkpointing.
+        remedies: changes that would make it fit, each with its peak; empty if it fits.
+    """
+
+    device: Literal["cpu", "cuda"]
+    ranks: int
+    slides: str
+    tiles_largest: int
+    tiles_typical: int
+    tiles_rank: int
+    chunk: int
+    num_chunks: int
+    num_kept: int
+    kept_share: float
+    rows: tuple[Row, ...]
+    peak: int
+    available: int | None
+    traffic: tuple[Row, ...]
+    cost: float
+    remedies: tuple[str, ...]
+
+    @property
+    def fits(self) -> bool:
+        """Whether the peak is within what there is."""
+        return self.available is None or self.peak <= self.available
+
+    def text(self) -> str:
+        """The table, for people."""
+        step = f"step of {self.tiles_largest} tiles at most, {self.tiles_typical} typically ({self.slides})"
+        chunks = f"{self.tiles_rank} tiles in {self.num_chunks} chunks of {self.chunk}, {self.num_kept} kept"
+        most = round(self.cost + self.kept_share)  # 4, or 5 with activation checkpointing
+        lines = [
+            f"{self.ranks} rank(s) on {self.device}; {step}",
+            f"busiest rank: {chunks}: f = {self.kept_share:.2f}",
+            "",
+            "memory per rank, above the process's start",
+            *_table([*self.rows, Row("peak", self.peak)]),
+            "",
+            "sent per rank and step",
+            *_table(self.traffic),
+            "",
+            f"cost per tile: {self.cost:.2f} forwards ({most - 1} where all graphs are kept, {most} where none is)",
+        ]
+        if self.available is None:
+            return "\n".join(lines)
+        lines.append(f"available: {format_bytes(self.available)}: {'it fits' if self.fits else 'IT DOES NOT FIT'}")
+        if not self.fits:
+            lines += ["what would make it fit:", *(f"  {words}" for words in self.remedies or ("nothing known",))]
+        return "\n".join(lines)
+
+
+class _HeadBytes(NamedTuple):
+    """What aggregator and head take of a rank, forward and backward.
+
+    Attributes:
+        memory: most at once besides embeddings, their gradient, parameters and theirs.
+        sent: to other ranks.
+    """
+
+    memory: int
+    sent: int
+
+
+@dataclass(frozen=True)
+class _Model:
+    """What is measured and counted once, whatever the settings.
+
+    Attributes:
+        trained, fixed: bytes of parameters.
+        largest_group, largest_tensor: bytes of the largest parameter group, and parameter, that is updated.
+        call, recomputed: encoder calls, without and with activation checkpointing, which is measured when it is asked
+            for; None where it cannot be had.
+        head: (tiles of each slide of a group, its ranks) -> bytes of aggregator and head on one of them.
+        dim: D.
+    """
+
+    trained: int
+    fixed: int
+    largest_group: int
+    largest_tensor: int
+    call: CallBytes
+    recomputed: Callable[[], CallBytes | None]
+    head: Callable[[tuple[int, ...], int], _HeadBytes]
+    dim: int
+
+
+def plan_run(
+    config: RunConfig,
+    ranks: int | None = None,
+    device_memory: int | None = None,
+    tiles: int | None = None,
+    model: SlideModel | None = None,
+) -> Plan:
+    """Predict memory, kept share, communication and cost of a run, in seconds and without training.
+
+    Args:
+        config: of the run.
+        ranks: W; None takes `execution.ranks`.
+        device_memory: bytes of one rank, on a GPU unless `execution.device` is cpu; None takes what is free here (a
+            CPU's is shared by the ranks).
+        tiles: of a step over all ranks; None takes the shards' manifests, or an area of tissue where there are none.
+        model: what the configuration describes, on the CPU, as the engine takes it; None builds it.
+    Raises:
+        ConfigError: the configuration does not make a model, or a GPU's memory is neither told nor here.
+    Cost: a few forwards and backwards of a handful of tiles; memory of the model and its gradients.
+    """
+    from gigamil.train.prepare import set_batchnorm  # which refuses by a plan
+
+    ranks = config.execution.ranks if ranks is None else ranks
+    device = _device(config, is_planned=device_memory is not None)
+    sizes, slides = _slide_sizes(config, tiles)
+    if device_memory is None:
+        if device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError(
+                "execution.device=cuda, and no GPU is here whose memory could be asked for: say it, for example with "
+                "`--gpu-memory 80GB`"
+            )
+        device_memory = free_device_memory(torch.device(device), ranks)
+    if model is None:
+        # Memory does not depend on the weights: a file of them need not be there yet.
+        encoder = config.science.encoder.model_copy(update={"weights": None})
+        science = config.science.model_copy(update={"encoder": encoder})
+        model = build_model(science, len(config.cohort.classes or (0, 1))).train()
+        set_batchnorm(model.encoder, config.execution)
+    measured = _measure(config, model)
+    execution = config.execution.model_copy(update={"ranks": ranks})
+    config = config.model_copy(update={"execution": execution})
+    plan = _predict(config, measured, sizes, slides, device, device_memory)
+    return plan if plan.fits else replace(plan, remedies=_remedies(config, measured, sizes, plan))
+
+
+def refuse_unfit(
+    config: RunConfig, model: SlideModel, sizes: Sequence[int], ranks: int, device: torch.device, local_ranks: int
+) -> None:
+    """Refuse `execution.memory: keep` where the graphs of all chunks do not fit, before the first step.
+
+    Args:
+        model: on the CPU, before an engine takes it.
+        sizes: tiles of the training slides.
+        ranks, local_ranks: of the world, and of this machine.
+        device: of this rank.
+    Raises:
+        ConfigError: with the plan's figures and what would make it fit.
+    """
+    if config.execution.memory != "keep":
+        return
+    config = config.model_copy(update={"execution": config.execution.model_copy(update={"ranks": ranks})})
+    measured = _measure(config, model)
+    free = free_device_memory(device, local_ranks)
+    plan = _predict(config, measured, sizes, "from the shards", _device(config), free)
+    if plan.fits:
+        return
+    remedies = "; ".join(_remedies(config, measured, sizes, plan)) or "fewer tiles per step"
+    raise ConfigError(
+        f"execution.memory=keep: the graphs of {plan.tiles_rank} tiles take {format_bytes(plan.peak)} on a rank with all "
+        f"else, and {format_bytes(free)} are free. What fits: {remedies}. See `gigamil plan`."
+    )
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of "80GB", "512MiB", "1.5 GB" or a plain number.
+
+    Raises:
+        ConfigError: no such form.
+    """
+    found = re.fullmatch(r"\s*([0-9.]+)\s*([A-Za-z]*)\s*", text)
+    try:
+        assert found is not None
+        return int(float(found[1]) * _UNITS[found[2]])
+    except (AssertionError, KeyError, ValueError):
+        raise ConfigError(f"'{text}' is no size of memory; write for example 80GB, 512MiB or bytes") from None
+
+
+def format_bytes(number: float) -> str:
+    """Bytes for people: 1.3 GB."""
+    for unit in ("B", "kB", "MB"):
+        if number < 999.5:
+            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:.3g} GB" if number < 999.5 else f"{number:.0f} GB"
+
+
+def _table(rows: Sequence[Row]) -> list[str]:
+    width = max(len(row.name) for row in rows)
+    return [f"  {row.name:{width}}  {format_bytes(row.bytes):>8}  {row.note}".rstrip() for row in rows]
+
+
+def _device(config: RunConfig, is_planned: bool = False) -> Literal["cpu", "cuda"]:
+    """Of the run; whose memory is told is planned for a GPU, which need not be here."""
+    wanted = config.execution.device
+    return "cuda" if wanted == "cuda" or (wanted == "auto" and (is_planned or torch.cuda.is_available())) else "cpu"
+
+
+def _slide_sizes(config: RunConfig, tiles: int | None) -> tuple[list[int], str]:
+    """Tiles of the slides that are trained on, and how they are known."""
+    per_step = config.science.slides_per_step
+    if tiles is not None:
+        return [tiles // per_step + (i < tiles % per_step) for i in range(per_step)], "as given"
+    try:
+        sizes = load_training_data(config).slides("train").sizes
+        return list(sizes), "from the shards"
+    except (GigamilError, OSError):
+        tile_mm = config.slides.tile_px * config.slides.tile_mpp / 1000
+        size = max(1, round(_TISSUE_MM2 / tile_mm**2))
+        return [
+            size
+        ] * per_step, f"no shards yet: {_TISSUE_MM2:g} mm2 of tissue a slide assumed; --tiles N says otherwise"
+
+
+def _largest_step(config: RunConfig, sizes: Sequence[int]) -> StepPlan:
+    """The step of the largest slides: no epoch has a larger one."""
+    per_step, ranks = config.science.slides_per_step, config.execution.ranks
+    largest = sorted(sizes, reverse=True)[:per_step]
+    group_size = config.execution.group_size or ranks
+    return plan_steps(range(len(largest)), largest, per_step, ranks // group_size, group_size)[0]
+
+
+def _measure(config: RunConfig, model: SlideModel) -> _Model:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    all_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    trained_bytes = sum(parameter.nbytes for parameter in trained)
+    groups = make_optimizer(model, config).param_groups
+    # Large models at one and two tiles, small ones where more tiles cost nothing.
+    numbers = (1, 2) if all_bytes > 200e6 else (2, 6)
+    call = measure_calls(_encode(config, model), model, numbers)
+    return _Model(
+        trained=trained_bytes,
+        fixed=all_bytes - trained_bytes,
+        largest_group=max(sum(parameter.nbytes for parameter in group["params"]) for group in groups),
+        largest_tensor=max(parameter.nbytes for parameter in trained),
+        call=call,
+        recomputed=functools.cache(lambda: _measure_recomputed(config, model, numbers)),
+        head=functools.cache(functools.partial(_head_bytes, model)),
+        dim=model.encoder.dim,
+    )
+
+
+def _measure_recomputed(config: RunConfig, model: SlideModel, numbers: tuple[int, int]) -> CallBytes | None:
+    backbone = model.encoder.backbone
+    before = {name: module.__dict__.get("forward") for name, module in backbone.named_modules()}
+    try:
+        checkpoint_blocks(backbone)
+        return measure_calls(_encode(config, model), model, numbers)
+    except ConfigError:
+        if config.execution.activation_checkpointing != "none":
+            raise
+        return None
+    finally:
+        for name, module in backbone.named_modules():
+            if before[name] is None:
+                module.__dict__.pop("forward", None)
+            else:
+                module.__dict__["forward"] = before[name]
+
+
+def _encode(config: RunConfig, model: SlideModel) -> Callable[[int], Tensor]:
+    side = config.slides.tile_px
+    is_narrow = config.science.precision == "bfloat16"
+
+    def encode(num_tiles: int) -> Tensor:
+        key_n = torch.arange(num_tiles)
+        with torch.no_grad():
+            image_nCHW = to_float(torch.zeros((num_tiles, side, side, 3), dtype=torch.uint8), torch.float32)
+            image_nCHW = augment_tiles(image_nCHW, key_n, settings=config.science.augment)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=is_narrow):
+            return model.encode(image_nCHW, key_n)
+
+    return encode
+
+
+class _OneOfMany:
+    """A `Pool` as one rank of several sees it, without the others: shapes and bytes are right, values are not.
+
+    Args:
+        counts, rank: as of `Pool`.
+        sent: bytes that this rank sends to others are appended, in the order of the forward; those of the backward too.
+    """
+
+    def __init__(self, counts: Sequence[int], rank: int, sent: list[int]) -> None:
+        self.counts = tuple(counts)
+        self.rank = rank
+        self._sent = sent
+
+    def sum(self, values: Tensor) -> Tensor:
+        """An all-reduce, and one in backward."""
+        passes = 2 if values.requires_grad else 1
+        self._sent.append(passes * self._all_reduced(values))
+        return values.clone()
+
+    def max(self, values: Tensor) -> Tensor:
+        """An all-reduce."""
+        self._sent.append(self._all_reduced(values))
+        return values.detach().clone()
+
+    def stack(self, values: Tensor) -> Tensor:
+        """An all-gather: its values go to all others."""
+        self._sent.append(values.nbytes * (len(self.counts) - 1))
+        return torch.stack([values.detach()] * len(self.counts))
+
+    def fetch(self, values_nX: Tensor, wanted: Sequence[Ranges]) -> Tensor:
+        """An all-to-all of what others want of its rows; in backward of the gradients of theirs."""
+        first = sum(self.counts[: self.rank])
+        last = first + self.counts[self.rank]
+        asked = [sum(max(0, min(stop, last) - max(start, first)) for start, stop in ranges) for ranges in wanted]
+        own = asked[self.rank]
+        rows = sum(stop - start for start, stop in wanted[self.rank])
+        self._exchanged(values_nX, sum(asked) - own, rows - own, math.prod(values_nX.shape[1:]))
+        return _moved(values_nX, (rows, *values_nX.shape[1:]))
+
+    def heads_apart(self, values_nHX: Tensor) -> Tensor:
+        """An all-to-all of its rows of the others' heads; in backward of their rows of its heads."""
+        (own, heads, width), ranks = values_nHX.shape, len(self.counts)
+        share = heads // ranks * width
+        self._exchanged(values_nHX, own * (ranks - 1), sum(self.counts) - own, share)
+        return _moved(values_nHX, (sum(self.counts), heads // ranks, width))
+
+    def heads_together(self, values_NHX: Tensor) -> Tensor:
+        """The inverse of `heads_apart`."""
+        (total, heads, width), ranks = values_NHX.shape, len(self.counts)
+        own = self.counts[self.rank]
+        self._exchanged(values_NHX, total - own, own * (ranks - 1), heads * width)
+        return _moved(values_NHX, (own, heads * ranks, width))
+
+    def repartitioned(self, counts: Sequence[int]) -> "_OneOfMany":
+        """The same ranks with other rows, and the same account."""
+        return _OneOfMany(counts, self.rank, self._sent)
+
+    def _all_reduced(self, values: Tensor) -> int:
+        """As a reduce-scatter and an all-gather."""
+        return 2 * values.nbytes * (len(self.counts) - 1) // len(self.counts)
+
+    def _exchanged(self, values: Tensor, rows_forward: int, rows_backward: int, width: int) -> None:
+        rows = rows_forward + (rows_backward if values.requires_grad else 0)
+        self._sent.append(rows * width * values.element_size())
+
+
+class _Moved(torch.autograd.Function):
+    """Rows that come from elsewhere, in a buffer and in their order; backward: the same for gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, shape: tuple[int, ...]) -> Tensor:
+        ctx.shape = values.shape
+        return values.new_zeros(shape).clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0].new_zeros(ctx.shape).clone(), None
+
+
+def _moved(values: Tensor, shape: tuple[int, ...]) -> Tensor:
+    result: Tensor = _Moved.apply(values, shape)
+    return result
+
+
+class _MetaBytes(LiveBytes):
+    """`LiveBytes` of tensors on the meta device, as if they took memory."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        before = {storage._cdata for storage in _meta_storages((args, kwargs))}
+        result = func(*args, **(kwargs or {}))
+        for storage in _meta_storages(result):
+            if storage._cdata not in before:
+                self._count(storage)
+        return result
+
+
+def _meta_storages(values: object) -> list[torch.UntypedStorage]:
+    return [leaf.untyped_storage() for leaf in tree_leaves(values) if isinstance(leaf, Tensor) and leaf.is_meta]
+
+
+class _AttentionKernel(TorchFunctionMode):
+    """On the meta device torch would take its attention that stores a matrix; real devices have kernels that do not."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        is_plain = func is F.scaled_dot_product_attention and len(args) == 3 and not kwargs
+        if is_plain and args[0].is_meta and args[0].dim() == 4 and args[0].shape[-1] == args[2].shape[-1]:
+            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args)[0]
+        return func(*args, **(kwargs or {}))
+
+
+def _head_bytes(model: SlideModel, sizes: tuple[int, ...], num_ranks: int) -> _HeadBytes:
+    """Aggregator and head on the rank of a group that sees most, for slides of these sizes.
+
+    Without memory or arithmetic, so at the step's own size. An aggregator that looks at values cannot be run so: it is
+    measured on the CPU with fewer tiles, and taken to be a straight line beyond.
+    """
+    least = min_tiles(model.aggregator)
+    sizes = tuple(max(least, size) for size in sizes)
+    try:
+        return _run_head(model, sizes, num_ranks, "meta")
+    except (RuntimeError, TypeError):  # NotImplementedError is one of the former
+        points = []
+        for tiles in (_FEW_TILES, 2 * _FEW_TILES):
+            share = min(1.0, tiles * num_ranks / sum(sizes))
+            fewer = tuple(max(least, round(share * size)) for size in sizes)
+            points.append((sum(fewer), _run_head(model, fewer, num_ranks, "cpu")))
+    (few, small), (more, large) = points
+    times = (sum(sizes) - more) / (more - few) if more > few else 0.0
+    return _HeadBytes(*(max(0, round(b + (b - a) * times)) for a, b in zip(small, large, strict=True)))
+
+
+def _run_head(model: SlideModel, sizes: tuple[int, ...], num_ranks: int, device: Literal["meta", "cpu"]) -> _HeadBytes:
+    bounds = [owned_range(sum(sizes), rank, num_ranks) for rank in range(num_ranks)]
+    slides = list(itertools.pairwise(itertools.accumulate(sizes, initial=0)))
+
+    def seen(rank: int) -> tuple[int, int]:
+        """Tiles of the slides that it owns a tile of; among equals one in the middle, with neighbours on both sides."""
+        first, last = bounds[rank]
+        touched = sum(stop - start for start, stop in slides if max(start, first) < min(stop, last))
+        return touched, -abs(2 * rank - num_ranks)
+
+    rank = max(range(num_ranks), key=seen)
+    counts, sent = [stop - start for start, stop in bounds], list[int]()
+    pool: Pool = LocalPool(sum(sizes)) if num_ranks == 1 else _OneOfMany(counts, rank, sent)
+    modules = nn.ModuleList(module for module in (model.aggregator, model.head) if module is not None)
+    modules = copy.deepcopy(modules).to(device)
+    for parameter in modules.parameters():
+        parameter.grad = torch.zeros_like(parameter)  # of parameters and their gradients the plan has rows
+    embedding_nD = torch.zeros((counts[rank], model.encoder.dim), device=device, requires_grad=True)
+    bag = Bag(
+        embedding_nD,
+        torch.zeros((counts[rank], 2), dtype=torch.float64, device=device),
+        sizes,
+        pool,
+        torch.zeros(counts[rank], dtype=torch.int64, device=device),
+        torch.zeros(len(sizes), dtype=torch.int64, device=device),
+        torch.zeros(len(sizes), dtype=torch.int64, device=device),
+    )
+    with _AttentionKernel(), _MetaBytes() if device == "meta" else LiveBytes() as live:
+        pooled: Pooled = modules[0](bag)
+        logits_BK = modules[-1](pooled.slide_BX) if len(modules) == 2 else pooled.slide_BX
+        parts = (logits_BK, pooled.extra_logits_MK, pooled.loss_B)
+        torch.stack([part.sum() for part in parts if part is not None]).sum().backward()
+    return _HeadBytes(max(0, live.peak - embedding_nD.nbytes), sum(sent))
+
+
+def _predict(
+    config: RunConfig, model: _Model, sizes: Sequence[int], slides: str, device: Literal["cpu", "cuda"], available: int
+) -> Plan:
+    execution, science, ranks = config.execution, config.science, config.execution.ranks
+    stage, on_gpu = execution.zero_stage, device == "cuda"
+    step = _largest_step(config, sizes)
+    group_sizes = max((step.group_sizes(group) for group in range(len(step.groups))), key=sum)
+    num_tiles = -(-sum(group_sizes) // step.group_size)
+    chunk, num_chunks = min(execution.chunk, max(1, num_tiles)), step.max_calls(execution.chunk)
+    recomputed = None if execution.activation_checkpointing == "none" else model.recomputed()
+    call = recomputed or model.call
+
+    trained, everything = model.trained, model.trained + model.fixed
+    share = ranks if stage else 1  # of optimiser states
+    states = [Row("parameters", everything, f"{format_bytes(model.fixed)} of them fixed" if model.fixed else "")]
+    if stage == 3:
+        states = [Row("parameters", everything // ranks + everything, "own part, and all of them within a step")]
+    host = execution.offload and on_gpu
+    where = "in main memory" if host else ""
+    if stage:
+        states.append(Row("float32 copy that the optimiser updates", 0 if host else trained // share, where))
+    states.append(Row("moments", 0 if host else 2 * trained // share, where))
+    bucket_setting = int(deepspeed_config(config)["zero_optimization"]["reduce_bucket_size"]) * 4
+    bucket = bucket_setting if on_gpu else min(bucket_setting, trained)  # a CPU's is resident only where it is used
+    if stage == 3:
+        states.append(Row("own part of the gradients, and their bucket", trained // ranks + bucket))
+    static = sum(row.bytes for row in states)
+
+    tile_bytes = num_tiles * config.slides.tile_px**2 * 3
+    limit = execution.tile_cache if execution.tile_cache is not None else 0.25
+    cache = int(limit if limit > 1 else limit * max(0, available - static))
+    held, tiles_note = _tiles(config, tile_bytes, cache, chunk, on_gpu)
+    embeddings = 2 * num_tiles * model.dim * 4
+    head = model.head(group_sizes, step.group_size)
+
+    gradients = trained
+    reduced = trained // ranks if stage in (1, 2) else 0
+    reduction = {0: trained if not on_gpu else min(trained, 500_000_000 * 4), 1: bucket, 2: bucket, 3: 0}[stage]
+    largest = model.largest_group // ranks if stage else model.largest_tensor
+    update = (largest if stage else 0) + (0 if on_gpu else 2 * largest)  # AdamW without a fused kernel makes two
+    in_files = 0 if on_gpu else 3 * trained + model.fixed
+
+    kept_chunk, later = call.kept.at(chunk), call.later.at(chunk)
+    rest = static + held + embeddings + head.memory + gradients + later + max(reduced + reduction, update)
+    rest += 0 if on_gpu else PROCESS_BYTES
+    budget = _budget(execution.memory_budget, available, rest)
+    num_kept = min(num_chunks, chunks_to_keep(execution.memory, kept_chunk, budget))
+    kept_tiles = min(num_tiles, num_kept * chunk)
+    kept = sum(call.kept.at(min(chunk, num_tiles - start)) for start in range(0, kept_tiles, chunk))
+    blind = call.blind.at(chunk)
+    if num_kept:
+        # The first backward frees a graph while gradients come into being; the next ones work beside them.
+        encode = max(kept, kept - kept_chunk + call.first.at(chunk), kept + blind if num_kept < num_chunks else 0)
+        if num_kept > 1:
+            encode = max(encode, kept - 2 * kept_chunk + gradients + later)
+    else:
+        encode = blind
+    if num_kept < num_chunks:
+        encode = max(encode, gradients + later)
+    if on_gpu:
+        afterwards = max(0, gradients + max(reduced + reduction, reduced + update - gradients) - encode)
+    else:
+        # What a chunk gave back lies between gradients, in pieces that seldom hold this rank's part of them.
+        encode = max(encode, gradients + later + reduced)
+        # About half as much as the gradients were fits into what these gave back. This share is measured: with it runs of
+        # six networks were within 10 %, without it up to 15 % too high, with all of them 10 % too low.
+        afterwards = max(reduction, update - gradients // 2, in_files - gradients // 2)
+        if stage == 0:  # blocks of single parameters, which fit into what the chunks gave back
+            afterwards = max(reduction, gradients + update - encode, in_files - encode)
+    rows = [
+        *states,
+        Row("tiles", held, tiles_note),
+        Row("embeddings and their gradient", embeddings),
+        Row("aggregator and head", head.memory),
+        Row("kept graphs", kept, f"{format_bytes(call.kept.per_tile)} a tile"),
+        Row(
+            "gradients and work on one chunk",
+            encode - kept,
+            f"gradients are whole on every rank: {format_bytes(gradients)}",
+        ),
+    ]
+    rows.append(Row("reduction, update and checkpoint, the largest of them", afterwards))
+    if not on_gpu:
+        rows.append(Row("process", PROCESS_BYTES, "code made on first use, thread buffers, Python"))
+    typical = sorted(sizes)[len(sizes) // 2] * min(len(sizes), science.slides_per_step)
+    f = kept_tiles / num_tiles if num_tiles else 1.0
+    return Plan(
+        device=device,
+        ranks=ranks,
+        slides=slides,
+        tiles_largest=sum(step.sizes),
+        tiles_typical=typical,
+        tiles_rank=num_tiles,
+        chunk=chunk,
+        num_chunks=num_chunks,
+        num_kept=num_kept,
+        kept_share=f,
+        rows=tuple(rows),
+        peak=sum(row.bytes for row in rows),
+        available=available,
+        traffic=_traffic(config, model, head.sent),
+        cost=(4 if execution.activation_checkpointing == "none" else 5) - f,
+        remedies=(),
+    )
+
+
+def _tiles(config: RunConfig, tile_bytes: int, cache: int, chunk: int, on_gpu: bool) -> tuple[int, str]:
+    """Bytes of decoded tiles on the device, as StepLoader and ChunkFeed hold them."""
+    prefetch = config.execution.prefetch
+    steps = prefetch + 2 if prefetch else 1
+    two_chunks = 2 * chunk * config.slides.tile_px**2 * 3
+    if on_gpu:
+        return min(tile_bytes, cache) + two_chunks, "kept between the passes; steps ahead lie in main memory"
+    if tile_bytes * steps <= cache:
+        return tile_bytes * (steps + 1), f"{steps} steps ahead, and one while it is put together"
+    return min(tile_bytes, cache) + two_chunks, "decoded anew in each pass"
+
+
+def _budget(setting: float | None, available: int, rest: int) -> int:
+    if setting is not None and setting > 1:
+        return int(setting)
+    return int(max(0, available - rest) * (0.5 if setting is None else setting))
+
+
+def _traffic(config: RunConfig, model: _Model, head_sent: int) -> tuple[Row, ...]:
+    ranks, stage = config.execution.ranks, config.execution.zero_stage
+    others = (ranks - 1) / ranks
+    once = int(model.trained * others)
+    everything = int((model.trained + model.fixed) * others)
+    rows = [Row("gradients, reduced once", 2 * once if stage == 0 else once)]
+    if stage in (1, 2):
+        rows.append(Row("updated parameters", once))
+    if stage == 3:
+        rows.append(Row("parameters, gathered once", everything, "ZeRO 3"))
+    return *rows, Row("aggregator, forward and backward", head_sent)
+
+
+def _remedies(config: RunConfig, model: _Model, sizes: Sequence[int], plan: Plan) -> tuple[str, ...]:
+    """Changes that fit, from the cheapest; of each kind the first that does."""
+    assert plan.available is not None
+    execution = config.execution
+    found = []
+
+    def fits(**changes: object) -> Plan | None:
+        changed = config.model_copy(update={"execution": execution.model_copy(update=changes)})
+        other = _predict(changed, model, sizes, plan.slides, plan.device, plan.available or 0)
+        return other if other.fits else None
+
+    candidates: list[tuple[str, dict[str, object]]] = []
+    if execution.memory == "keep":
+        candidates.append(("execution.memory auto", {"memory": "auto"}))
+    candidates.append(("execution.tile_cache 0.05", {"tile_cache": 0.05}))
+    chunk = plan.chunk
+    while chunk > 1:
+        chunk //= 2
+        candidates.append((f"execution.chunk {chunk}", {"chunk": chunk, "memory": "auto"}))
+    if plan.device == "cuda" and execution.zero_stage in (1, 2):
+        candidates.append(("execution.offload true", {"offload": True}))
+    if execution.activation_checkpointing == "none" and model.recomputed() is not None:
+        change = {"activation_checkpointing": "blocks", "memory": "auto"}
+        candidates.append(("execution.activation_checkpointing blocks", dict(change)))
+        small = {"chunk": 1} | change
+        candidates.append(("execution.activation_checkpointing blocks and execution.chunk 1", dict(small)))
+    if plan.device == "cuda":  # ranks of a machine share its main memory
+        for doublings in range(1, 8):
+            more = execution.ranks * 2**doublings
+            candidates.append((f"{more} ranks", {"ranks": more, "group_size": None, "memory": "auto"}))
+    seen: set[str] = set()
+    for words, changes in candidates:
+        kind = re.sub(r"[0-9.]+", "", words)
+        other = None if kind in seen else fits(**changes)
+        if other is not None:
+            seen.add(kind)
+            found.append(f"{words}: peak {format_bytes(other.peak)}, {other.cost:.2f} forwards per tile")
+    return tuple(found)

@@ -1,0 +1,57 @@
+"""What a configuration does to a model between its making and the engine: checks, and how the encoder is computed."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from gigamil.models.compiled import compile_encoder
+from gigamil.models.fold import fold_batchnorm
+from gigamil.models.probe import refuse_tile_mixing
+from gigamil.models.slide_model import SlideModel, refuse_small_bags
+from gigamil.parallel.topology import Topology
+from gigamil.train.activation_checkpointing import checkpoint_encoder
+from gigamil.train.cohort import SlideSet
+from gigamil.train.plan import refuse_unfit
+
+if TYPE_CHECKING:
+    from gigamil.config.schema import Execution, RunConfig
+
+
+def prepare_model(
+    model: SlideModel,
+    config: "RunConfig",
+    train: SlideSet,
+    val: SlideSet,
+    topology: Topology,
+    device: torch.device,
+) -> None:
+    """Refuse what cannot be trained exactly or does not fit, then make the encoder run as `execution` says.
+
+    Names of parameters and buffers do not change. No collective in here.
+
+    Args:
+        model: on the CPU, in training mode, before an engine takes it.
+        config: resolved configuration.
+        train, val: slides, for their sizes.
+        topology: of the ranks.
+        device: where it will be trained.
+    Raises:
+        ConfigError: the encoder mixes tiles, the aggregator needs larger bags, `memory: keep` does not fit, or the
+            encoder has no blocks to recompute.
+        EnvironmentFault: `execution.compile` without a compiler.
+    """
+    refuse_tile_mixing(model.encoder, config.slides.tile_px)
+    refuse_small_bags(model, (*train.slide_ids, *val.slide_ids), (*train.sizes, *val.sizes))
+    set_batchnorm(model.encoder, config.execution)
+    refuse_unfit(config, model, train.sizes, topology.world_size, device, topology.local_size)
+    backbone = model.encoder.backbone
+    checkpoint_encoder(backbone, config.execution.activation_checkpointing)
+    if config.execution.compile:
+        compile_encoder(backbone)
+
+
+def set_batchnorm(encoder: nn.Module, execution: "Execution") -> None:
+    """Fold BatchNorm where `execution` asks for it; the compiler does better without."""
+    if execution.fold_batchnorm and not execution.compile:
+        fold_batchnorm(encoder)

@@ -1,0 +1,84 @@
+"""What `gigamil plan` predicts is what a run takes: real training, measured by the kernel."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from gigamil.config.schema import RunConfig
+from gigamil.parallel.topology import detect_topology
+from gigamil.testing.ranks import run_on_ranks
+from gigamil.testing.runs import noise_run
+from gigamil.train.engine import start_distributed
+from gigamil.train.loop import Trainer
+from gigamil.train.plan import PROCESS_BYTES, plan_run
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="the kernel does not tell the peak")
+
+VIT = "timm/vit_small_patch16_224"
+
+
+def train(_rank: int, config_json: str) -> None:
+    config, device = RunConfig.model_validate_json(config_json), torch.device("cpu")
+    Trainer(config, start_distributed(detect_topology(), device, 240), device).fit()
+
+
+def measured_bytes(config: RunConfig) -> int:
+    """Train; most memory of a rank above its start, as run.json tells it."""
+    run_on_ranks(train, config.execution.ranks, config.model_dump_json(), timeout_s=250)
+    record = json.loads((config.bookkeeping.out / "run.json").read_text())
+    return int(record["peak_memory_above_start_bytes"])
+
+
+def make(folder: Path, encoder: str, **execution: object) -> RunConfig:
+    """Slides of 96 tiles of 96 px, two in a step: tensors outweigh everything else."""
+    options = {"img_size": 96, "depth": 6} if encoder == VIT else {}
+    return noise_run(folder, encoder, options, tile_px=96, size=96, execution=execution)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("plan")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("encoder", "ranks", "execution"),
+    [
+        ("resnet18", 1, {"memory": "keep"}),
+        ("resnet18", 1, {"memory": "replay"}),
+        ("resnet18", 1, {"memory": "replay", "fold_batchnorm": False}),
+        ("resnet18", 1, {"memory": "auto", "memory_budget": 400e6}),  # about half of the graphs
+        ("resnet18", 1, {"memory": "replay", "zero_stage": 0}),
+        ("resnet18", 2, {"memory": "keep"}),
+        ("resnet18", 2, {"memory": "replay", "zero_stage": 2}),
+        ("resnet18", 2, {"memory": "replay", "zero_stage": 3}),
+        ("resnet50", 1, {"memory": "replay", "chunk": 8}),
+        (VIT, 1, {"memory": "keep"}),
+        (VIT, 2, {"memory": "replay", "zero_stage": 2}),
+    ],
+    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else str(value),
+)
+def test_memory_is_predicted_within_15_percent(
+    folder: Path, encoder: str, ranks: int, execution: dict[str, object]
+) -> None:
+    config = make(folder, encoder, ranks=ranks, **execution)
+    plan = plan_run(config)
+    measured = measured_bytes(config)
+    error = plan.peak / measured - 1
+    if os.environ.get("GIGAMIL_SHOW_PLAN"):
+        print(plan.text(), f"\nmeasured {measured / 1e6:.0f} MB, plan {plan.peak / 1e6:.0f} MB, error {error:+.3f}")
+    assert abs(error) <= 0.15, (plan.text(), measured)
+
+
+@pytest.mark.slow
+def test_what_is_no_tensor_is_what_a_small_encoder_takes(folder: Path) -> None:
+    config = make(folder, "small_cnn", memory="replay")
+    plan = plan_run(config)
+    measured = measured_bytes(config)
+    assert plan.peak - PROCESS_BYTES < 50e6
+    if os.environ.get("GIGAMIL_SHOW_PLAN"):
+        print(f"measured {measured / 1e6:.0f} MB, tensors {(plan.peak - PROCESS_BYTES) / 1e6:.0f} MB")
+    assert abs(measured - plan.peak) <= PROCESS_BYTES
