@@ -1,42 +1,62 @@
 """Is the distributed, chunked step the same as full-bag autograd in one process?
 
 For each number of ranks, the step that training runs is compared with the textbook computation (one process, one graph
-over all tiles): loss and the gradient of every parameter. Slides are unequal, ranks may be empty, the chunks' graphs are
-kept, half kept or replayed, dropout and augmentation are drawn by key. Once in float64 with torch alone (the operators:
-rounding only, bound 1e-12), once through the real DeepSpeed launcher and engine at each ZeRO stage with SGD in float32
-(bound 1e-5; SGD, because Adam hides a gradient that is wrong by a factor).
+over all tiles): loss, the gradient of every parameter, and that of every tile's embedding. Slides are unequal or of one
+tile, ranks may be empty, the chunks' graphs are kept, half kept or replayed, dropout and augmentation are drawn by key.
+
+- float64 with torch alone: rounding only, bound 1e-12; 1e-9 for TransMIL, whose pseudo-inverse enlarges rounding.
+- float32 through the real DeepSpeed launcher and engine at each ZeRO stage with SGD (Adam hides a gradient that is
+  wrong by a factor), optimiser state on the device or offloaded: bound 1e-5, or twice the error of one float32 process
+  where that has more by itself (attention on a slide of one tile, TransMIL: up to 2e-5).
+- bfloat16 autocast through the same engine, compared with one process under autocast: bound 2^-8, the largest error of
+  one rounding to 8 bits. The head is float32 in both; the encoder's gradient is rounded once per chunk here and once
+  for the whole bag there, and sums of such independent roundings differ by less than one of them.
 
 The error of a gradient is max over parameters of ||d|| / max(||g_parameter||, 1e-3 ||g_all||), on every rank.
 
-    python benchmarks/exactness.py --ranks 1,2,3,4 --zero 0,1,2,3
+    python benchmarks/exactness.py --ranks 1,2,3,4 --zero 0,1,2,3     one aggregator
+    python benchmarks/exactness.py --all                              every aggregator, every variant of it
 
-The last line is JSON: worst_fp64, worst_deepspeed (both gradients; losses are held to the same bounds), cases, failed.
+The last line is JSON: the largest error of a gradient of each kind, aggregators, cases, and how many of these failed.
 """
 
 import argparse
 import json
 import logging
+import math
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from gigamil.testing.exactness import cases, check_cases
+from gigamil.testing.exactness import (
+    KEEPS,
+    SHAPES,
+    Case,
+    Errors,
+    built_in_aggregators,
+    cases,
+    check_cases,
+    float32_bound,
+    group_sizes,
+    num_variants,
+)
 
-BOUND_FLOAT64 = 1e-12
-BOUND_DEEPSPEED = 1e-5
-TIMEOUT_S = 600
+BOUNDS = {"float64": 1e-12, "float64, pinv": 1e-9, "bfloat16": 2.0**-8}
+WITH_PINV = ("transmil",)
+TIMEOUT_S = 1200
 
 
 @dataclass
 class Row:
-    """Worst errors over the cases of one world."""
+    """Worst errors over the cases of one kind in one world."""
 
     ranks: int
+    kind: str
     zero: int | None
     cases: int
     loss: float
@@ -46,8 +66,9 @@ class Row:
 
     def line(self) -> str:
         """For the table."""
-        what = "float64, torch" if self.zero is None else f"float32, ZeRO {self.zero}"
-        return f"{self.ranks:5}  {what:16} {self.cases:6} {self.loss:10.1e} {self.gradient:12.1e} {self.failed:7} {self.seconds:8.0f}"
+        what = f"{self.kind}, {'torch' if self.zero is None else f'ZeRO {self.zero}'}"
+        numbers = f"{self.cases:6} {self.loss:10.1e} {self.gradient:12.1e} {self.failed:7} {self.seconds:8.0f}"
+        return f"{self.ranks:5}  {what:22} {numbers}"
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -55,36 +76,78 @@ def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=_numbers, default=[1, 2, 3, 4], help="worlds to compare (%(default)s)")
     parser.add_argument("--zero", type=_numbers, default=[0, 1, 2, 3], help="ZeRO stages (%(default)s)")
+    parser.add_argument("--all", action="store_true", help="every aggregator; bfloat16 and offload at each stage too")
     parser.add_argument("--worker", nargs=2, metavar=("ZERO", "FOLDER"), help=argparse.SUPPRESS)
     arguments = parser.parse_args(words)
     if arguments.worker:
-        return _worker(*arguments.worker)
-    print("ranks  arithmetic        cases  loss error  gradient error  failed  seconds")
+        return _worker(*arguments.worker, arguments.all)
+    print("ranks  arithmetic              cases  loss error  gradient error  failed  seconds")
     rows = []
     for ranks in arguments.ranks:
         for zero in (None, *arguments.zero):
-            rows.append(_compare(ranks, zero))
-            print(rows[-1].line(), flush=True)
-    float64 = [row.gradient for row in rows if row.zero is None]
-    deepspeed = [row.gradient for row in rows if row.zero is not None]
+            rows += _compare(ranks, zero, arguments.all)
+            print("\n".join(row.line() for row in rows if (row.ranks, row.zero) == (ranks, zero)), flush=True)
     failed = sum(row.failed for row in rows)
     summary = {
-        "worst_fp64": max(float64),
-        "worst_deepspeed": max(deepspeed, default=None),
+        "aggregators": len(built_in_aggregators()) if arguments.all else 1,
         "cases": sum(row.cases for row in rows),
+        "worst_fp64": _worst(rows, "float64"),
+        "worst_fp64_pinv": _worst(rows, "float64, pinv"),
+        "worst_deepspeed": _worst(rows, "float32"),
+        "worst_bf16": _worst(rows, "bfloat16"),
         "failed": failed,
     }
     print(json.dumps(summary))
     return 1 if failed else 0
 
 
-def _compare(ranks: int, zero: int | None) -> Row:
+def wanted_cases(ranks: int, zero: int | None, everything: bool) -> list[Case]:
+    """What is compared in one world, on torch alone (the whole matrix) or at one ZeRO stage."""
+    if not everything:
+        return list(cases(ranks, zero))
+    if zero is None:
+        return [case for name in built_in_aggregators() for case in cases(ranks, None, name)]
+    return [case for name in built_in_aggregators() for case in _through_the_engine(ranks, zero, name)]
+
+
+def _through_the_engine(ranks: int, zero: int, name: str) -> Iterator[Case]:
+    """Few cases of each variant, because an engine takes a third of a second to make; over all, every setting."""
+    every, num_groupings = list(cases(ranks, zero, name)), len(group_sizes(ranks))
+    for variant in range(num_variants(name)):
+        # In the order of `cases`: shapes, group sizes, kept shares.
+        own = [case for case in every if case.variant == variant]
+        start = zero + variant + built_in_aggregators().index(name)
+        place = [(n % len(SHAPES), (n // 2) % num_groupings, n % len(KEEPS)) for n in (start, start + 2)]
+        first, second = [own[(shape * num_groupings + group) * len(KEEPS) + keep] for shape, group, keep in place]
+        yield from (first, second, replace(first, bfloat16=True))
+        if zero in (1, 2):
+            yield replace(second, offload=True, bfloat16=start % 2 == 0)
+
+
+def kind_of(case: Case) -> str:
+    """Arithmetic, by which errors are bounded and reported."""
+    if case.bfloat16:
+        return "bfloat16"
+    width = "float64" if case.zero_stage is None else "float32"
+    return f"{width}, pinv" if case.aggregator in WITH_PINV else width
+
+
+def _worst(rows: Sequence[Row], kind: str) -> float | None:
+    return max((row.gradient for row in rows if row.kind == kind), key=_nan_is_largest, default=None)
+
+
+def _nan_is_largest(error: float) -> float:
+    return float("inf") if math.isnan(error) else error
+
+
+def _compare(ranks: int, zero: int | None, everything: bool) -> list[Row]:
     """Run the cases of one world under the DeepSpeed launcher; float64 ones too, on torch's own collectives."""
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--num_gpus", str(ranks)]
         command += ["--hostfile", os.devnull, "--no_local_rank", "--master_port", str(_free_port())]
         command += [os.path.abspath(__file__), "--worker", "-" if zero is None else str(zero), folder]
+        command += ["--all"] if everything else []
         env = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
         result = subprocess.run(command, env=env, timeout=TIMEOUT_S, check=False)
         files = sorted(Path(folder).glob("*.json"))
@@ -92,16 +155,30 @@ def _compare(ranks: int, zero: int | None) -> Row:
             raise SystemExit(
                 f"{ranks} ranks, ZeRO {zero}: the launcher returned {result.returncode}, {len(files)} answered"
             )
-        errors = [tuple(pair) for path in files for pair in json.loads(path.read_text())]
-    bound = BOUND_FLOAT64 if zero is None else BOUND_DEEPSPEED
-    num_cases = len(errors) // ranks
-    # A case has failed if it has on any rank; a comparison with NaN is no success.
-    bad = {number % num_cases for number, pair in enumerate(errors) if not max(pair) <= bound}
-    losses, gradients = zip(*errors, strict=True)
-    return Row(ranks, zero, num_cases, max(losses), max(gradients), len(bad), time.monotonic() - start)
+        by_rank = [[Errors(*errors) for errors in json.loads(path.read_text())] for path in files]
+    wanted = wanted_cases(ranks, zero, everything)
+    return summarised(ranks, zero, wanted, by_rank, time.monotonic() - start)
 
 
-def _worker(zero: str, folder: str) -> int:
+def summarised(
+    ranks: int, zero: int | None, wanted: Sequence[Case], by_rank: Sequence[Sequence[Errors]], seconds: float
+) -> list[Row]:
+    """A row for each kind of arithmetic; a case has failed if it has on any rank."""
+    rows = []
+    for kind in dict.fromkeys(map(kind_of, wanted)):
+        numbers = [number for number, case in enumerate(wanted) if kind_of(case) == kind]
+        errors = [[of_rank[number] for of_rank in by_rank] for number in numbers]
+        bounds = [BOUNDS[kind] if kind in BOUNDS else float32_bound(wanted[number]) for number in numbers]
+        pairs = zip(errors, bounds, strict=True)
+        failed = sum(not all(error.within(bound) for error in of_case) for of_case, bound in pairs)
+        flat = [error for of_case in errors for error in of_case]
+        loss = max((error.loss for error in flat), key=_nan_is_largest)
+        gradient = max((e for error in flat for e in error[1:]), key=_nan_is_largest)
+        rows.append(Row(ranks, kind, zero, len(numbers), loss, gradient, failed, seconds))
+    return rows
+
+
+def _worker(zero: str, folder: str, everything: bool) -> int:
     """One rank: join, compare every case, leave the errors in a file."""
     import torch
     import torch.distributed as dist
@@ -110,10 +187,10 @@ def _worker(zero: str, folder: str) -> int:
     from gigamil.train.engine import start_distributed
 
     torch.set_num_threads(1)
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it warns that ZeRO with SGD is untested; we test it
     topology = detect_topology()
     start_distributed(topology, torch.device("cpu"), timeout_s=120)
-    wanted = list(cases(topology.world_size, None if zero == "-" else int(zero)))
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it warns that ZeRO with SGD is untested; we test it
+    wanted = wanted_cases(topology.world_size, None if zero == "-" else int(zero), everything)
     errors = check_cases(topology.rank, topology.world_size, wanted)
     (Path(folder) / f"{topology.rank}.json").write_text(json.dumps(errors))
     dist.barrier()

@@ -1,6 +1,7 @@
 """A run small enough to be trained many times in tests: shards without slide files, and the configuration for them."""
 
 import csv
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import simplejpeg
 from gigamil.config.load import absolute_paths
 from gigamil.config.schema import RunConfig
 from gigamil.pipeline import split_cohort
-from gigamil.testing.shards import make_shards
+from gigamil.testing.shards import make_shards, noise_jpegs
 
 TILE_PX = 32
 CLASSES = ("dark", "light")
@@ -45,6 +46,48 @@ def tiny_run(folder: Path, **sections: dict[str, Any]) -> RunConfig:
     }
     for name, values in sections.items():
         data[name] = data[name] | values
+    config = absolute_paths(RunConfig.model_validate(data))
+    split_cohort(config)
+    return config
+
+
+def noise_run(
+    folder: Path,
+    encoder: str,
+    options: dict[str, Any] | None = None,
+    *,
+    tile_px: int,
+    size: int,
+    execution: dict[str, Any],
+    **science: Any,
+) -> RunConfig:
+    """Eight equal slides of noise, two in a step, and a configuration to train on them for an epoch of two steps.
+
+    Args:
+        folder: gets `cohort/` (shared by every run made here) and a new run folder.
+        encoder, options: its name, and its keyword arguments.
+        tile_px, size: side of a tile, and tiles of a slide.
+        execution: keys to change.
+        science: likewise.
+    """
+    table, shards = folder / "cohort" / "slides.csv", folder / "cohort" / "shards"
+    if not table.is_file():
+        table.parent.mkdir(parents=True)
+        rows = [["slide_id", "path", "patient_id", "label", "split"]]
+        for number, split in enumerate(["train"] * 4 + ["val"] * 2 + ["test"] * 2):
+            rows.append([f"s{number}", f"s{number}.tiff", f"p{number}", CLASSES[number % 2], split])
+            jpegs = noise_jpegs(size, tile_px, seed=number)
+            make_shards(shards, f"s{number}", jpegs, tile_px=tile_px, tile_mpp=1.0)
+        with table.open("w", newline="") as stream:
+            csv.writer(stream).writerows(rows)
+    data = {
+        "cohort": {"table": table, "classes": CLASSES},
+        "slides": {"tile_px": tile_px, "tile_mpp": 1.0},
+        "science": {"encoder": {"name": encoder, "options": options or {}}, "epochs": 1, "slides_per_step": 2}
+        | science,
+        "execution": {"chunk": 16, "device": "cpu", "threads": 1, "timeout_s": 240} | execution,
+        "bookkeeping": {"out": tempfile.mkdtemp(dir=folder), "shards": shards, "mlflow": False, "progress": False},
+    }
     config = absolute_paths(RunConfig.model_validate(data))
     split_cohort(config)
     return config

@@ -70,7 +70,7 @@ def test_plans(
                     slide = plan.slides[plan.groups[group][span.slide]]
                     owned += [(slide, tile) for tile in range(span.start, span.stop)]
         assert sorted(owned) == sorted((slide, tile) for slide in plan.slides for tile in range(sizes[slide]))
-        assert plan.max_calls(chunk) == most  # the true maximum, not a bound: ZeRO 3 counts on it
+        assert plan.max_calls(chunk) == most  # the true maximum, not a bound
         # Largest-first: no group is above another by more than its own smallest slide.
         loads = [[plan.sizes[position] for position in group] for group in plan.groups]
         lowest = min(sum(load) for load in loads)
