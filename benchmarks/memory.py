@@ -13,9 +13,9 @@ in float32 on one rank with one thread. The formula per tile, in bytes:
     index           48: position 2 x 8; slide, number, slide of the bag and key 8 each
 
 The slope is taken between the largest N and a quarter of it, so that what does not depend on N (the interpreter, one
-chunk's graph) cancels. glibc is told to take buffers of 1.25 MiB and more from the kernel and give them back at once
-(MALLOC_MMAP_THRESHOLD_): by default its limit moves with what was freed, and buffers that grow with N would at first
-fill holes that chunks left.
+chunk's graph) cancels. glibc is told to take buffers of 128 KiB and more from the kernel and give them back at once
+(MALLOC_MMAP_THRESHOLD_): that is where it starts by itself, but its limit moves with what was freed, and buffers that grow
+with N then at first fill holes that chunks left, which moved the slope by 6 % from run to run.
 
     python benchmarks/memory.py [--largest 200000] [--out FILE]
 
@@ -55,7 +55,7 @@ TILE_PX = 32
 INDEX_BYTES = 48
 TIMEOUT_S = 1200
 SIZES = (32, 1024, 4096)  # and a quarter, a half and all of the largest
-MMAP_BYTES = 5 * 2**18  # more than any buffer of a chunk of 64, less than any of the largest slide's
+MMAP_BYTES = 2**17  # where glibc starts, too
 NAIVE_UP_TO = 4096  # more would only show the same line
 
 
