@@ -6,9 +6,10 @@ tile, ranks may be empty, the chunks' graphs are kept, half kept or replayed, dr
 
 - float64 with torch alone: rounding only, bound 1e-12; 1e-9 for TransMIL, whose pseudo-inverse enlarges rounding.
 - float32 through the real DeepSpeed launcher and engine at each ZeRO stage with SGD (Adam hides a gradient that is
-  wrong by a factor), optimiser state on the device or offloaded: bound 1e-5, or twice the error of one float32 process
-  where that has more by itself (attention on a slide of one tile, TransMIL: up to 2e-5).
-- bfloat16 autocast through the same engine, compared with one process under autocast: bound 2^-8, the largest error of
+  wrong by a factor), optimiser state on the device or offloaded: bound 1e-5, or eight times the error of one float32
+  process where this is more (attention on a slide of one tile, a loss that is nearly saturated).
+- bfloat16 autocast through the same engine, compared with one process under autocast whose loss carries the number of
+  ranks, as a rank's does until gradients are averaged (times 3 rounds otherwise than times 1): bound 2^-8, the largest error of
   one rounding to 8 bits. The head is float32 in both; the encoder's gradient is rounded once per chunk here and once
   for the whole bag there, and sums of such independent roundings differ by less than one of them.
 

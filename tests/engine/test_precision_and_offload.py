@@ -1,6 +1,6 @@
 """The real engine at every ZeRO stage with every aggregator: float32, bfloat16 autocast, optimiser state offloaded.
 
-Bounds. float32: 1e-5, or twice the error of one float32 process where that is more (gigamil.testing.exactness).
+Bounds. float32: 1e-5, or eight times the error of one float32 process where this is more (gigamil.testing.exactness).
 bfloat16: numbers have
 8 bits, so one rounding is up to 2^-8 = 4e-3 of a number. One process under autocast rounds the same embeddings the same
 way, the head is float32 in both, and what differs is the encoder's gradient: rounded once for the whole bag there, once
