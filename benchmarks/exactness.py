@@ -6,14 +6,15 @@ tile, ranks may be empty, the chunks' graphs are kept, half kept or replayed, dr
 
 - float64 with torch alone: rounding only, bound 1e-12; 1e-9 for TransMIL, whose pseudo-inverse enlarges rounding.
 - float32 through the real DeepSpeed launcher and engine at each ZeRO stage with SGD (Adam hides a gradient that is
-  wrong by a factor), optimiser state on the device or offloaded: bound 1e-5, or eight times the error of one float32
-  process where this is more (attention on a slide of one tile, a loss that is nearly saturated).
+  wrong by a factor), optimiser state on the device or offloaded: bound 1e-5, or four times the largest error that one
+  float32 process has by itself, over eight models that differ in their last digits, where this is more (TransMIL).
 - bfloat16 autocast through the same engine, compared with one process under autocast whose loss carries the number of
   ranks, as a rank's does until gradients are averaged (times 3 rounds otherwise than times 1): bound 2^-8, the largest error of
   one rounding to 8 bits. The head is float32 in both; the encoder's gradient is rounded once per chunk here and once
   for the whole bag there, and sums of such independent roundings differ by less than one of them.
 
-The error of a gradient is max over parameters of ||d|| / max(||g_parameter||, 1e-3 ||g_all||), on every rank.
+The error of a gradient is max over parameters of ||d|| / max(||g_parameter||, floor ||g_all||), on every rank. The floor is 1e-3,
+and 6e-3 in float32, where 1e-5 of less than that is finer than one rounding (2^-24) of the whole gradient.
 
     python benchmarks/exactness.py --ranks 1,2,3,4 --zero 0,1,2,3     one aggregator
     python benchmarks/exactness.py --all                              every aggregator, every variant of it
@@ -42,9 +43,9 @@ from gigamil.testing.exactness import (
     built_in_aggregators,
     cases,
     check_cases,
-    float32_bound,
     group_sizes,
     num_variants,
+    within_float32,
 )
 
 BOUNDS = {"float64": 1e-12, "float64, pinv": 1e-9, "bfloat16": 2.0**-8}
@@ -133,6 +134,10 @@ def kind_of(case: Case) -> str:
     return f"{width}, pinv" if case.aggregator in WITH_PINV else width
 
 
+def _within(kind: str, case: Case, errors: Errors) -> bool:
+    return errors.within(BOUNDS[kind]) if kind in BOUNDS else within_float32(case, errors)
+
+
 def _worst(rows: Sequence[Row], kind: str) -> float | None:
     return max((row.gradient for row in rows if row.kind == kind), key=_nan_is_largest, default=None)
 
@@ -169,9 +174,8 @@ def summarised(
     for kind in dict.fromkeys(map(kind_of, wanted)):
         numbers = [number for number, case in enumerate(wanted) if kind_of(case) == kind]
         errors = [[of_rank[number] for of_rank in by_rank] for number in numbers]
-        bounds = [BOUNDS[kind] if kind in BOUNDS else float32_bound(wanted[number]) for number in numbers]
-        pairs = zip(errors, bounds, strict=True)
-        failed = sum(not all(error.within(bound) for error in of_case) for of_case, bound in pairs)
+        pairs = zip((wanted[number] for number in numbers), errors, strict=True)
+        failed = sum(not all(_within(kind, case, error) for error in of_case) for case, of_case in pairs)
         flat = [error for of_case in errors for error in of_case]
         loss = max((error.loss for error in flat), key=_nan_is_largest)
         gradient = max((e for error in flat for e in error[1:]), key=_nan_is_largest)

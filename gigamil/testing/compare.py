@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 
-def gradient_error(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> float:
-    """Largest relative error over parameters: ||d|| / max(||g_parameter||, 1e-3 ||g_all||).
+def gradient_error(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], floor: float = 1e-3) -> float:
+    """Largest relative error over parameters: ||d|| / max(||g_parameter||, floor ||g_all||).
 
     The floor keeps a parameter whose gradient is nearly zero from turning rounding into a large ratio.
 
@@ -20,8 +20,7 @@ def gradient_error(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) ->
     errors = []
     for name, gradient in wanted.items():
         difference = (found[name].double() - gradient.double()).norm()
-        floor = torch.maximum(gradient.double().norm(), 1e-3 * norm_all)
-        errors.append(difference / floor)
+        errors.append(difference / torch.maximum(gradient.double().norm(), floor * norm_all))
     return float(torch.stack(errors).max())  # the maximum of torch is NaN if one of them is; Python's need not be
 
 

@@ -26,9 +26,9 @@ from gigamil.testing.exactness import (
     check_cases,
     compare,
     distributed,
-    float32_bound,
     large_enough,
     reference,
+    within_float32,
 )
 from gigamil.testing.ranks import run_on_ranks
 from gigamil.train.engine import deepspeed_config, skip_kernel_build
@@ -103,9 +103,7 @@ def test_every_aggregator_at_every_stage(num_ranks: int, stage: int) -> None:
 
 
 def assert_exact(wanted: list[Case], found: list[Errors]) -> None:
-    pairs = list(zip(wanted, found, strict=True))
-    over = [(case, e) for case, e in pairs if not e.within(1e-5)]
-    assert [(case, e) for case, e in over if not e.within(float32_bound(case))] == []
+    assert [(case, e) for case, e in zip(wanted, found, strict=True) if not within_float32(case, e)] == []
 
 
 def assert_within(wanted: list[Case], found: list[Errors], bound: float) -> None:

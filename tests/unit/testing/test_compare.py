@@ -21,6 +21,7 @@ def test_a_wrong_factor_is_its_size(factor: float, error: float) -> None:
 
 def test_a_tiny_gradient_is_measured_against_a_share_of_all() -> None:
     assert gradient_error(TRUTH | {"small": torch.tensor([0.0])}, TRUTH) == pytest.approx(1e-9 / 5e-3)
+    assert gradient_error(TRUTH | {"small": torch.tensor([0.0])}, TRUTH, floor=1e-2) == pytest.approx(1e-9 / 5e-2)
 
 
 def test_other_parameters_and_nan_do_not_pass() -> None:
