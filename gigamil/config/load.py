@@ -21,8 +21,13 @@ from gigamil.errors import ConfigError
 _PATHS = (
     "cohort.table",
     "cohort.root",
+    "cohort.splits",
+    "slides.masks",
+    "slides.coords",
+    "data.features",
     "science.encoder.weights",
     "science.warm_start",
+    "execution.shard_cache",
     "bookkeeping.out",
     "bookkeeping.shards",
 )
@@ -63,7 +68,8 @@ def absolute_paths(config: RunConfig, base: Path | None = None) -> RunConfig:
         node = data
         for name in parents:
             node = node[name]
-        if node[leaf] is not None:
+        is_url = isinstance(node[leaf], str)  # of shards: kept as it is
+        if node[leaf] is not None and not is_url:
             node[leaf] = (base / _expanded(dotted, node[leaf])).resolve()
     return RunConfig.model_validate(data)
 
@@ -87,7 +93,8 @@ def science_digest_data(config: RunConfig) -> dict[str, Any]:
     data = json.loads(config.model_dump_json())
     del data["slides"]["max_failed"], data["science"]["bootstrap"]
     del data["science"]["warm_start"], data["science"]["encoder"]["weights"]
-    return {name: data[name] for name in ("slides", "science")} | {"classes": data["cohort"]["classes"]}
+    source = {"data": {"source": data["data"]["source"]}}  # not where it lies: a digest says what it is
+    return {name: data[name] for name in ("slides", "science")} | {"classes": data["cohort"]["classes"]} | source
 
 
 def known_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[str]:

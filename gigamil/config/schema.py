@@ -1,6 +1,6 @@
 """The configuration of a run: frozen pydantic models, one YAML, unknown keys are errors.
 
-Sections by consequence: `cohort`, `slides` and `science` change results; `execution` must not (toggling a key there
+Sections by consequence: `cohort`, `slides`, `data` and `science` change results; `execution` must not (toggling a key there
 changes nothing, or nothing beyond a stated tolerance: tests/equivalence/test_execution_keys.py); `bookkeeping` says where
 things go. docs/configuration.md has a row per key.
 """
@@ -15,6 +15,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[float, Field(ge=0)]
+Url = Annotated[str, Field(pattern=r"^[a-z0-9]+://")]
 
 
 class Section(BaseModel):
@@ -52,6 +53,29 @@ class Cohort(Section):
     test_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(0.3, description="share of patients held out for test")
     val_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(0.15, description="share of patients for validation")
     split_seed: int = Field(0, description="seed of the split")
+    split_method: Literal["holdout", "kfold", "monte_carlo"] = Field("holdout", description="one split, or folds")
+    folds: Annotated[int, Field(ge=2, le=100)] = Field(5, description="number of folds, of inner folds, or of draws")
+    fold: Annotated[int, Field(ge=0)] = Field(0, description="the fold that this run uses, from 0")
+    inner_fold: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="nested: validate on this inner fold of the training part; null: on val_fraction"
+    )
+    preserve_sites: bool = Field(False, description="true: all slides of a site are on one side of the split")
+    splits: Path | None = Field(None, description="folds.json, CLAM splits_k.csv or Patho-Bench .tsv to take over")
+    near_duplicates: Literal["refuse", "ignore"] = Field("refuse", description="slides on two sides that look the same")
+
+    @model_validator(mode="after")
+    def _fold_is_there(self) -> "Cohort":
+        if self.splits is None and self.split_method == "holdout" and (self.fold or self.inner_fold is not None):
+            raise ValueError("cohort.fold and cohort.inner_fold need cohort.split_method kfold, or cohort.splits")
+        if self.splits is None and self.split_method != "holdout" and self.fold >= self.folds:
+            raise ValueError(
+                f"cohort.fold={self.fold} is none of the {self.folds} of cohort.folds: 0..{self.folds - 1}"
+            )
+        if self.splits is None and self.split_method == "monte_carlo" and self.inner_fold is not None:
+            raise ValueError("cohort.inner_fold needs cohort.split_method kfold; Monte-Carlo draws have no inner folds")
+        if self.inner_fold is not None and self.splits is None and self.inner_fold >= self.folds:
+            raise ValueError(f"cohort.inner_fold={self.inner_fold} is none of the {self.folds} of cohort.folds")
+        return self
 
 
 class Slides(Section):
@@ -65,7 +89,27 @@ class Slides(Section):
     min_tissue_area_um2: NonNegative = Field(20_000.0, description="smaller specks are not tissue")
     max_hole_area_um2: NonNegative = Field(20_000.0, description="smaller holes are filled")
     jpeg_quality: Annotated[int, Field(ge=50, le=100)] = Field(90, description="quality of stored tiles")
+    stride_px: Count | None = Field(None, description="distance of neighbouring tiles; default: tile_px, no overlap")
+    extra_mpp: tuple[Positive, ...] = Field((), description="more spacings to tile at, each in shards of its own")
+    raw_tolerance: Fraction | None = Field(
+        0.02, description="copy the file's own JPEG tiles if their mpp differs by at most this share; null: never"
+    )
+    icc: Literal["ignore", "apply"] = Field("ignore", description="apply: colours to sRGB by the file's ICC profile")
+    masks: Path | None = Field(None, description="folder of tissue masks, SLIDE_ID.png, .geojson or .xml (ASAP)")
+    coords: Path | None = Field(None, description="folder of TRIDENT's or CLAM's coordinates (.h5) to tile at")
+    dark_field: Literal["refuse", "tissue"] = Field("refuse", description="slides with a dark background")
+    max_pen: Fraction | None = Field(None, description="tiles with a larger share of pen marks are dropped")
+    min_sharpness: NonNegative | None = Field(None, description="less sharp tiles are dropped")
     max_failed: Annotated[int, Field(ge=0)] = Field(0, description="`run` goes on while at most so many slides fail")
+
+
+class Data(Section):
+    """Where tiles come from in training and prediction. A change here changes results."""
+
+    source: Literal["shards", "slides", "features"] = Field(
+        "shards", description="slides: no shards, tiles are read from the slide files; features: of a frozen encoder"
+    )
+    features: Path | None = Field(None, description="folder of one .h5 per slide, in TRIDENT's layout")
 
 
 class Encoder(Section):
@@ -160,7 +204,17 @@ class Execution(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: Count | None = Field(None, description="CPU threads per rank; default: cores / ranks")
     tile_workers: Count | None = Field(None, description="processes of `gigamil tile`; default: all cores")
+    tile_memory_gb: Positive = Field(1.5, description="memory that a process of `gigamil tile` may take")
+    tile_timeout_s: Positive = Field(1800.0, description="longest time for one piece of a slide in `gigamil tile`")
     prefetch: Annotated[int, Field(ge=0)] = Field(2, description="steps of tiles decoded ahead")
+    decode_workers: Annotated[int, Field(ge=0)] = Field(
+        1, description="threads per rank that read and decode tiles; 0: the step's own, when it needs them"
+    )
+    decoder: Literal["auto", "cuda", "simplejpeg", "pillow"] = Field(
+        "auto", description="of tiles; auto: simplejpeg, else pillow (same bits); cuda differs by 2 grey levels"
+    )
+    shard_cache: Path | None = Field(None, description="folder on this node's own disk for copies of the shards")
+    shard_cache_gb: Positive = Field(100.0, description="size of shard_cache; what was used longest ago goes")
     timeout_s: Positive = Field(120.0, description="longest wait in a collective before the run is given up")
 
     @model_validator(mode="after")
@@ -183,7 +237,11 @@ class Bookkeeping(Section):
     """Where results go and what is written."""
 
     out: Path = Field(Path("runs/default"), description="run folder")
-    shards: Path | None = Field(None, description="folder of the shards; default: <out>/shards")
+    shards: Url | Path | None = Field(
+        None,
+        union_mode="left_to_right",
+        description="folder of the shards, or its URL (s3, gs, az, https) once they are made; default: <out>/shards",
+    )
     experiment: str = Field("gigamil", description="MLflow experiment")
     name: str = Field("run", description="MLflow run name")
     mlflow: bool = Field(True, description="log to MLflow (MLFLOW_TRACKING_URI wins over the run's own sqlite file)")
@@ -195,8 +253,8 @@ class Bookkeeping(Section):
     progress: bool = True
 
     @property
-    def shard_root(self) -> Path:
-        """Folder of the shards."""
+    def shard_root(self) -> Path | str:
+        """Folder of the shards, or its URL."""
         return self.shards if self.shards is not None else self.out / "shards"
 
 
@@ -205,6 +263,7 @@ class RunConfig(Section):
 
     cohort: Cohort = Cohort()
     slides: Slides = Slides()
+    data: Data = Data()
     science: Science = Science()
     execution: Execution = Execution()
     bookkeeping: Bookkeeping = Bookkeeping()

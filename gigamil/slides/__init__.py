@@ -2,13 +2,18 @@
 
 from gigamil.slides.grid import TileGrid, choose_tiles
 from gigamil.slides.inspect import SlideReport, inspect_slide
+from gigamil.slides.native import NativeTiles, NotNative, native_tiles
+from gigamil.slides.pool import SlidePool
 from gigamil.slides.reader import MppError, Slide, SlideInfo, is_slide, open_slide
 from gigamil.slides.tissue import TissueMask, find_tissue
 
 __all__ = [
     "MppError",
+    "NativeTiles",
+    "NotNative",
     "Slide",
     "SlideInfo",
+    "SlidePool",
     "SlideReport",
     "TileGrid",
     "TissueMask",
@@ -16,5 +21,6 @@ __all__ = [
     "find_tissue",
     "inspect_slide",
     "is_slide",
+    "native_tiles",
     "open_slide",
 ]

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import overload
+from typing import Self, overload
 
 import numpy as np
 
@@ -11,11 +11,15 @@ from gigamil.slides.tissue import TissueMask
 
 @dataclass(frozen=True)
 class TileGrid:
-    """Squares of tile_px pixels at tile_mpp, laid from the corner of level 0 over a whole slide.
+    """Tiles of tile_px x tile_px pixels, laid from the corner of level 0 over a whole slide.
 
-    Tiles are numbered row by row: index = row * num_x + col. The last column and row may hang over the edge, so no
-    tissue is lost there; what hangs over is white. Units: micron. The slide's own mpp plays no part, so two copies of
-    a slide in different formats get the same grid.
+    Tiles are numbered row by row: index = row * num_x + col. Neighbours lie `stride_px` apart: they overlap where it is
+    smaller than tile_px, and leave gaps where it is larger. The last column and row may hang over the edge, so no
+    tissue is lost there; what hangs over is white. Units: micron.
+
+    `mpp_x` and `mpp_y` are those of the tile's own pixels. `TileGrid.square` gives the grid of resampled tiles: the
+    slide's own mpp plays no part there, so two copies of a slide in different formats get the same grid. Tiles that are
+    copied from a file have the mpp of its level, and may be a little off square.
 
     Raises:
         ValueError: a size that is not positive and finite.
@@ -24,30 +28,55 @@ class TileGrid:
     width_um: float
     height_um: float
     tile_px: int
-    tile_mpp: float
+    mpp_x: float
+    mpp_y: float
+    stride_px: int
 
     def __post_init__(self) -> None:
-        for name in ("width_um", "height_um", "tile_mpp"):
+        for name in ("width_um", "height_um", "mpp_x", "mpp_y"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name}={value}: a tile grid needs a positive, finite number")
-        if self.tile_px < 1:
-            raise ValueError(f"tile_px={self.tile_px}: a tile needs at least one pixel")
+        for name in ("tile_px", "stride_px"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: a tile grid needs at least one pixel")
+
+    @classmethod
+    def square(
+        cls, width_um: float, height_um: float, tile_px: int, tile_mpp: float, stride_px: int | None = None
+    ) -> Self:
+        """Grid of square pixels of `tile_mpp` micron; without a stride, tile follows tile."""
+        return cls(width_um, height_um, tile_px, tile_mpp, tile_mpp, tile_px if stride_px is None else stride_px)
 
     @property
-    def tile_um(self) -> float:
-        """Side of a tile in micron."""
-        return self.tile_px * self.tile_mpp
+    def tile_width_um(self) -> float:
+        """Width of a tile in micron."""
+        return self.tile_px * self.mpp_x
+
+    @property
+    def tile_height_um(self) -> float:
+        """Height of a tile in micron."""
+        return self.tile_px * self.mpp_y
+
+    @property
+    def stride_x_um(self) -> float:
+        """Distance of neighbouring columns in micron."""
+        return self.stride_px * self.mpp_x
+
+    @property
+    def stride_y_um(self) -> float:
+        """Distance of neighbouring rows in micron."""
+        return self.stride_px * self.mpp_y
 
     @property
     def num_x(self) -> int:
         """Columns."""
-        return _num_along(self.width_um, self.tile_um)
+        return _num_along(self.width_um, self.tile_width_um, self.stride_x_um)
 
     @property
     def num_y(self) -> int:
         """Rows."""
-        return _num_along(self.height_um, self.tile_um)
+        return _num_along(self.height_um, self.tile_height_um, self.stride_y_um)
 
     @property
     def num_tiles(self) -> int:
@@ -80,7 +109,7 @@ class TileGrid:
     def position_um(self, index: int | np.ndarray) -> tuple[float | np.ndarray, float | np.ndarray]:
         """Top left corner (x_um, y_um) of a tile, or float64 arrays for an integer array of tiles."""
         col, row = self.col_row(index)
-        return col * self.tile_um, row * self.tile_um
+        return col * self.stride_x_um, row * self.stride_y_um
 
     @staticmethod
     def _check(value: int | np.ndarray, limit: int, name: str) -> None:
@@ -106,12 +135,15 @@ def choose_tiles(grid: TileGrid, mask: TissueMask, min_tissue: float) -> tuple[n
         raise ValueError(f"min_tissue={min_tissue} is a share of the tile's area and lies between 0 and 1")
     indices_N = np.arange(grid.num_tiles, dtype=np.int64)
     x_um, y_um = grid.position_um(indices_N)
-    fraction_N = mask.fraction(x_um, y_um, grid.tile_um)
+    fraction_N = mask.fraction(x_um, y_um, grid.tile_width_um, grid.tile_height_um)
     # Sums of many squares round: a tile that is all tissue may come out a few 1e-12 below 1.
     chosen = (fraction_N >= min_tissue - 1e-9) & (fraction_N > 1e-9)
     return indices_N[chosen], fraction_N[chosen].astype(np.float32)
 
 
-def _num_along(length_um: float, tile_um: float) -> int:
-    # The tolerance keeps a slide of exactly ten tiles, computed as 10.0000001, from an eleventh column of white.
-    return max(1, math.ceil(length_um / tile_um - 1e-6))
+def _num_along(length_um: float, tile_um: float, stride_um: float) -> int:
+    """Fewest tiles whose last reaches the end; with gaps between tiles, all that start before it.
+
+    The tolerance keeps a slide of exactly ten tiles, computed as 10.0000001, from an eleventh column of white.
+    """
+    return 1 + max(0, math.ceil((length_um - max(tile_um, stride_um)) / stride_um - 1e-6))

@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from gigamil.slides.backend import shown
 from gigamil.slides.grid import TileGrid, choose_tiles
 from gigamil.slides.reader import SlideInfo, open_slide
-from gigamil.slides.tissue import find_tissue
+from gigamil.slides.tissue import DarkField, find_tissue
 
 # Tiles finer than the slide by more than this show no more than the slide holds: worth a word to the reader.
 UPSAMPLING_NOTED = 1.25
@@ -46,7 +47,7 @@ class SlideReport:
             )
         ]
         return [
-            ("slide", str(info.path)),
+            ("slide", shown(info.path)),
             ("format", info.vendor),
             ("size", f"{info.width} x {info.height} px, {info.width_um / 1000:.3g} x {info.height_um / 1000:.3g} mm"),
             ("mpp", f"{mpp} um/px ({SOURCE_TEXT[info.mpp_source]})"),
@@ -80,19 +81,28 @@ def inspect_slide(
     tissue_mpp: float = 8.0,
     min_area_um2: float = 20_000.0,
     max_hole_area_um2: float = 20_000.0,
+    stride_px: int | None = None,
+    dark_field: DarkField = "refuse",
 ) -> SlideReport:
     """Open a slide, find its tissue and count its tiles; nothing is written.
 
     Args: as `open_slide`, `TileGrid`, `choose_tiles` and `find_tissue`; the defaults are those of the configuration.
     Raises:
-        SlideError: the slide cannot be opened or read; MppError: its mpp is missing or absurd.
+        SlideError: the slide cannot be opened or read, or its background is dark and `dark_field` is "refuse".
+        MppError: its mpp is missing or absurd.
         ValueError: a tile size that is not positive.
     Cost: one thumbnail at `tissue_mpp`.
     """
     with open_slide(path, mpp=mpp, default_mpp=default_mpp) as slide:
         info = slide.info
-        mask = find_tissue(slide, tissue_mpp=tissue_mpp, min_area_um2=min_area_um2, max_hole_area_um2=max_hole_area_um2)
-    grid = TileGrid(info.width_um, info.height_um, tile_px, tile_mpp)
+        mask = find_tissue(
+            slide,
+            tissue_mpp=tissue_mpp,
+            min_area_um2=min_area_um2,
+            max_hole_area_um2=max_hole_area_um2,
+            dark_field=dark_field,
+        )
+    grid = TileGrid.square(info.width_um, info.height_um, tile_px, tile_mpp, stride_px)
     chosen, _ = choose_tiles(grid, mask, min_tissue)
     return SlideReport(
         info=info,

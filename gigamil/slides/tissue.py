@@ -1,13 +1,28 @@
-"""Thumbnail -> tissue mask: Otsu's threshold on saturation, without specks, with small holes filled."""
+"""Thumbnail -> tissue mask: Otsu's threshold on saturation, without specks, with small holes filled.
+
+Slides with a dark background (fluorescence, dark field) are another matter: there tissue is what is bright.
+"""
 
 import hashlib
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageFilter
 from scipy import ndimage
 
-from gigamil.slides.reader import Slide
+from gigamil.errors import SlideError
+from gigamil.slides.backend import shown
+from gigamil.slides.reader import Slide, SlideInfo
+
+DarkField = Literal["refuse", "tissue"]
+
+# Optical density of a grey level, -log10 of the light that passes; black counts as 1 / 256.
+DENSITY = -np.log10((np.arange(256, dtype=np.float32) + 1.0) / 256.0)
+# Pixels that are worked on at once. A slide of 76 x 26 mm has 31 million at 8 um, and its colours as floats 370 MB.
+STRIP_PX = 1 << 20
 
 # Bounds of the threshold. Otsu splits any picture in two: without the lower one it would find tissue in the noise of an
 # empty slide, without the upper one it would drop pale tissue of a slide that is full of it. Glass stays below 0.03
@@ -15,6 +30,15 @@ from gigamil.slides.reader import Slide
 MIN_SATURATION, MAX_SATURATION = 0.05, 0.12
 # Mean optical density below which a pixel is glass, whatever its tint: scanners tint the background a little.
 MIN_DENSITY = 0.03
+# Brightest channel, of 255, below which a pixel of a dark background lies. Bright-field tissue is this dark only where
+# it is burnt or folded, fluorescence backgrounds lie at 0 to 40.
+DARK_LEVEL = 64
+# A dark background is at least this share of what was scanned, and of the whole picture (a large blot of ink is not).
+MIN_DARK_SHARE, MIN_DARK_OF_ALL = 0.5, 0.1
+# Beside it no glass: bright-field slides whose unscanned areas are filled with black hold more of it, in what is not dark.
+GLASS_LEVEL, MAX_GLASS_SHARE = 200, 0.2
+# Bounds of Otsu's threshold above the background, as for saturation: weak signals count too, noise does not.
+MIN_SIGNAL, MAX_SIGNAL = 0.05, 0.15
 
 
 @dataclass(frozen=True)
@@ -29,25 +53,35 @@ class TissueMask:
         """Area of the tissue in square micron."""
         return float(np.count_nonzero(self.mask_HW)) * self.mpp**2
 
-    def fraction(self, x_um: np.ndarray | float, y_um: np.ndarray | float, side_um: np.ndarray | float) -> np.ndarray:
-        """Share of tissue in squares, exact also where they cut through mask pixels.
+    def fraction(
+        self,
+        x_um: np.ndarray | float,
+        y_um: np.ndarray | float,
+        width_um: np.ndarray | float,
+        height_um: np.ndarray | float | None = None,
+    ) -> np.ndarray:
+        """Share of tissue in rectangles, exact also where they cut through mask pixels.
 
         Args:
-            x_um, y_um: top left corners; side_um: sides. Arrays that broadcast, or numbers.
+            x_um, y_um: top left corners; width_um, height_um: extents, squares without a height. Arrays that broadcast,
+                or numbers.
         Returns:
             float64 array in 0..1 of the broadcast shape. Area outside the mask counts as no tissue.
-        Cost: one pass over the mask, then constant per square.
+        Cost: one pass over the mask, then constant per rectangle.
         """
-        x, y, side = (np.asarray(value, dtype=np.float64) / self.mpp for value in (x_um, y_um, side_um))
-        height, width = self.mask_HW.shape
-        sums = np.zeros((height + 1, width + 1))
-        sums[1:, 1:] = self.mask_HW.cumsum(axis=0, dtype=np.float64).cumsum(axis=1)
+        sides = (x_um, y_um, width_um, width_um if height_um is None else height_um)
+        x, y, width, height = (np.asarray(value, dtype=np.float64) / self.mpp for value in sides)
+        rows, cols = self.mask_HW.shape
+        sums = np.zeros((rows + 1, cols + 1), np.int32)
+        np.cumsum(self.mask_HW, axis=0, dtype=np.int32, out=sums[1:, 1:])
+        np.cumsum(sums[1:, 1:], axis=1, out=sums[1:, 1:])
 
         def area_before(right: np.ndarray, bottom: np.ndarray) -> np.ndarray:
-            return _bilinear(sums, np.clip(right, 0, width), np.clip(bottom, 0, height))
+            return _bilinear(sums, np.clip(right, 0, cols), np.clip(bottom, 0, rows))
 
-        area = area_before(x + side, y + side) - area_before(x, y + side) - area_before(x + side, y) + area_before(x, y)
-        return np.clip(area / side**2, 0.0, 1.0)
+        upper = area_before(x + width, y) - area_before(x, y)
+        lower = area_before(x + width, y + height) - area_before(x, y + height)
+        return np.clip((lower - upper) / (width * height), 0.0, 1.0)
 
     def sha256(self) -> str:
         """Digest of the geometry and every pixel: equal masks, equal digests."""
@@ -56,8 +90,26 @@ class TissueMask:
         return hashlib.sha256(header + np.packbits(self.mask_HW).tobytes()).hexdigest()
 
 
+def mask_mpp(info: SlideInfo, tissue_mpp: float) -> float:
+    """Micron per pixel of a slide's mask: `tissue_mpp`, or the slide's own where that is coarser."""
+    return max(tissue_mpp, info.mpp_x, info.mpp_y)
+
+
+def mask_shape(info: SlideInfo, mpp: float) -> tuple[int, int]:
+    """Rows and columns of a mask of `mpp`: those of `Slide.thumbnail`."""
+    # The tolerance keeps 1000.0000001 micron at 10 micron per pixel from becoming 101 pixels.
+    rows, cols = (max(1, math.ceil(length / mpp - 1e-6)) for length in (info.height_um, info.width_um))
+    return rows, cols
+
+
 def find_tissue(
-    slide: Slide, *, tissue_mpp: float = 8.0, min_area_um2: float = 20_000.0, max_hole_area_um2: float = 20_000.0
+    slide: Slide,
+    *,
+    tissue_mpp: float = 8.0,
+    min_area_um2: float = 20_000.0,
+    max_hole_area_um2: float = 20_000.0,
+    dark_field: DarkField = "refuse",
+    thumbnail_HW3: np.ndarray | None = None,
 ) -> TissueMask:
     """Find the tissue of a slide on its thumbnail.
 
@@ -66,18 +118,64 @@ def find_tissue(
         tissue_mpp: micron per pixel of the mask; a slide that is coarser is taken at its own mpp.
         min_area_um2: smaller pieces are specks, not tissue.
         max_hole_area_um2: smaller holes are filled; larger ones (fat, lumens, tears) stay out.
+        dark_field: what to do with a slide whose background is dark and that holds something bright: refuse it, or take
+            what is bright for tissue. Other slides are not affected.
+        thumbnail_HW3: the slide at `mask_mpp` micron per pixel, if it was read before.
     Returns:
-        The mask; it is all False for a slide without tissue.
+        The mask; it is all False for a slide without tissue, be it white, grey or black.
     Raises:
-        SlideError: the thumbnail cannot be read.
-    Cost: reads the slide once at about `tissue_mpp`.
+        SlideError: the thumbnail cannot be read, or the background is dark and `dark_field` is "refuse".
+    Cost: reads the slide once at about `tissue_mpp`, unless the thumbnail is given.
     Source: Otsu 1979, IEEE Trans. Syst. Man Cybern. 9(1).
     """
-    mpp = max(tissue_mpp, slide.info.mpp_x, slide.info.mpp_y)
-    mask_HW = tissue_pixels(slide.thumbnail(mpp))
-    # Holes first: a thin ring of tissue is then weighed together with what it encloses.
-    mask_HW = ~_without_small(~mask_HW, max_hole_area_um2 / mpp**2)
-    return TissueMask(_without_small(mask_HW, min_area_um2 / mpp**2), mpp)
+    mpp = mask_mpp(slide.info, tissue_mpp)
+    image_HW3 = slide.thumbnail(mpp) if thumbnail_HW3 is None else thumbnail_HW3
+    min_px, max_hole_px = min_area_um2 / mpp**2, max_hole_area_um2 / mpp**2
+    bright_HW = bright_pixels(image_HW3)
+    if bright_HW is not None:
+        bright_HW = _cleaned(bright_HW, min_px, max_hole_px)
+        if bright_HW.any() and dark_field == "refuse":
+            raise SlideError(
+                f"slide '{shown(slide.info.path)}': its background is dark and {bright_HW.mean():.1%} of it are bright, as in "
+                "fluorescence; the tissue of such slides is not found by colour. Set slides.dark_field: tissue to take "
+                "what is bright for tissue, give masks in slides.masks, or remove its row."
+            )
+        return TissueMask(bright_HW, mpp)
+    return TissueMask(_cleaned(tissue_pixels(image_HW3), min_px, max_hole_px), mpp)
+
+
+def bright_pixels(image_HW3: np.ndarray) -> np.ndarray | None:
+    """What is bright on a dark background, pixel by pixel; None if the background is not dark.
+
+    The background is dark where over half of what was scanned is, and little of the rest is glass. Pure white was not
+    scanned: the reader gives it for areas that the file leaves out. Brightness is that of the brightest channel, so a
+    single blue stain counts in full.
+
+    Args:
+        image_HW3: uint8 RGB.
+    Returns:
+        bool [H, W], all False for a picture that is black all over; or None.
+    """
+    lightest_HW, level_HW = (np.empty(image_HW3.shape[:2], np.uint8) for _ in range(2))
+    white_HW = np.empty(image_HW3.shape[:2], bool)
+    for rows, smooth_hW3 in smooth_strips(image_HW3):
+        level_HW[rows], lightest_HW[rows] = _highest(smooth_hW3), _lowest(smooth_hW3)
+        white_HW[rows] = _lowest(image_HW3[rows]) == 255
+    # White is kept apart with the rim of one pixel into which smoothing spreads it.
+    scanned_HW = ~ndimage.binary_dilation(white_HW, np.ones((3, 3)))
+    dark_HW = scanned_HW & (level_HW < DARK_LEVEL)
+    rest_HW = scanned_HW & ~dark_HW
+    glass_HW = rest_HW & (lightest_HW > GLASS_LEVEL)
+    if (
+        dark_HW.sum() < max(MIN_DARK_SHARE * scanned_HW.sum(), MIN_DARK_OF_ALL * dark_HW.size)
+        or glass_HW.sum() > MAX_GLASS_SHARE * rest_HW.sum()
+    ):
+        return None
+    count = counts(level_HW[scanned_HW], 256)
+    below = np.cumsum(count[:DARK_LEVEL])
+    background = float(np.searchsorted(below, below[-1] / 2)) / 255.0  # the median of what is dark
+    signal = float(np.clip(otsu_threshold(count) - background, MIN_SIGNAL, MAX_SIGNAL))
+    return scanned_HW & (level_HW > 255.0 * (background + signal))
 
 
 def tissue_pixels(image_HW3: np.ndarray) -> np.ndarray:
@@ -90,19 +188,39 @@ def tissue_pixels(image_HW3: np.ndarray) -> np.ndarray:
     Returns:
         bool [H, W].
     """
-    # The mean of 3 x 3 pixels quiets the blocks of JPEG, whose colour noise else lies at the threshold.
-    smooth = Image.fromarray(image_HW3).filter(ImageFilter.BoxBlur(1))
-    smooth_HW3 = np.asarray(smooth, dtype=np.float32)
     # Chroma, not HSV saturation: dividing by the brightest channel would blow up the noise of black pixels.
-    saturation_HW = (smooth_HW3.max(axis=2) - smooth_HW3.min(axis=2)) / 255.0
-    density_HW = -np.log10((smooth_HW3 + 1.0) / 256.0).mean(axis=2)
-    threshold = float(np.clip(otsu_threshold(saturation_HW), MIN_SATURATION, MAX_SATURATION))
-    return (saturation_HW > threshold) & (density_HW > MIN_DENSITY)
+    chroma_HW = np.empty(image_HW3.shape[:2], np.uint8)
+    is_dense_HW = np.empty(image_HW3.shape[:2], bool)
+    for rows, smooth_hW3 in smooth_strips(image_HW3):
+        chroma_HW[rows] = _highest(smooth_hW3) - _lowest(smooth_hW3)
+        is_dense_HW[rows] = DENSITY[smooth_hW3].mean(axis=2) > MIN_DENSITY
+    threshold = float(np.clip(otsu_threshold(counts(chroma_HW, 256)), MIN_SATURATION, MAX_SATURATION))
+    return (chroma_HW > 255.0 * threshold) & is_dense_HW
 
 
-def otsu_threshold(value_HW: np.ndarray, num_bins: int = 256) -> float:
-    """Value in 0..1 that splits a histogram into the two classes furthest apart; 0 if all values are equal."""
-    count, edges = np.histogram(value_HW, bins=num_bins, range=(0.0, 1.0))
+def smooth_strips(image_HW3: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+    """Each pixel's mean with its neighbours, 3 x 3, in strips of rows: memory does not grow with the slide.
+
+    It quiets the blocks of JPEG, whose colour noise else lies at the thresholds.
+
+    Yields:
+        the rows of the image, and their pixels, uint8 [h, W, 3].
+    """
+    height, width = image_HW3.shape[:2]
+    step = max(1, STRIP_PX // width)
+    for top in range(0, height, step):
+        bottom, before, after = min(top + step, height), max(top - 1, 0), min(top + step + 1, height)
+        smooth = Image.fromarray(image_HW3[before:after]).filter(ImageFilter.BoxBlur(1))
+        yield slice(top, bottom), np.asarray(smooth)[top - before : bottom - before]
+
+
+def otsu_threshold(count: np.ndarray) -> float:
+    """Value in 0..1 that splits a histogram over 0..1 into the two classes furthest apart; 0 if all values are equal.
+
+    Args:
+        count: of values in equal bins.
+    """
+    edges = np.linspace(0.0, 1.0, len(count) + 1)
     centre = (edges[:-1] + edges[1:]) / 2
     below = np.cumsum(count)[:-1].astype(np.float64)
     above = count.sum() - below
@@ -116,12 +234,34 @@ def otsu_threshold(value_HW: np.ndarray, num_bins: int = 256) -> float:
     return float(edges[1:-1][both][np.argmax(variance)])
 
 
-def _without_small(mask_HW: np.ndarray, min_px: float) -> np.ndarray:
+def counts(values: np.ndarray, num: int) -> np.ndarray:
+    """How often each of 0..num-1 occurs, int64 [num]."""
+    flat = values.reshape(-1)
+    # bincount makes an int64 of every value first.
+    parts = (np.bincount(flat[at : at + STRIP_PX], minlength=num) for at in range(0, len(flat), STRIP_PX))
+    return sum(parts, start=np.zeros(num, np.int64))
+
+
+def without_small(mask_HW: np.ndarray, min_px: float) -> np.ndarray:
     """Drop 4-connected pieces of fewer than `min_px` pixels."""
-    piece_HW, _ = ndimage.label(mask_HW)
-    keep = np.bincount(piece_HW.ravel()) >= min_px
+    piece_HW, num = ndimage.label(mask_HW)
+    keep = counts(piece_HW, num + 1) >= min_px
     keep[0] = False
-    return keep[piece_HW]
+    step = max(1, STRIP_PX // mask_HW.shape[1])
+    return np.concatenate([keep[piece_HW[top : top + step]] for top in range(0, len(piece_HW), step)])
+
+
+def _cleaned(mask_HW: np.ndarray, min_px: float, max_hole_px: float) -> np.ndarray:
+    """Fill small holes, then drop specks: a thin ring of tissue is then weighed together with what it encloses."""
+    return without_small(~without_small(~mask_HW, max_hole_px), min_px)
+
+
+def _highest(image_HW3: np.ndarray) -> np.ndarray:
+    return np.maximum(np.maximum(image_HW3[..., 0], image_HW3[..., 1]), image_HW3[..., 2])
+
+
+def _lowest(image_HW3: np.ndarray) -> np.ndarray:
+    return np.minimum(np.minimum(image_HW3[..., 0], image_HW3[..., 1]), image_HW3[..., 2])
 
 
 def _bilinear(table: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:

@@ -8,7 +8,8 @@ from gigamil.slides.grid import TileGrid, choose_tiles
 from gigamil.slides.tissue import TissueMask
 
 LENGTH_UM = st.floats(1.0, 5000.0)
-GRIDS = st.builds(TileGrid, LENGTH_UM, LENGTH_UM, st.integers(16, 512), st.floats(0.1, 4.0))
+MPP = st.floats(0.1, 4.0)
+GRIDS = st.builds(TileGrid, LENGTH_UM, LENGTH_UM, st.integers(16, 512), MPP, MPP, st.integers(8, 600))
 
 
 @given(GRIDS)
@@ -18,19 +19,22 @@ def test_index_and_position_are_inverse(grid: TileGrid) -> None:
     col, row = grid.col_row(indices)
     np.testing.assert_array_equal(grid.index(col, row), indices)
     x_um, y_um = grid.position_um(indices)
-    np.testing.assert_array_equal(np.rint(x_um / grid.tile_um), col)
-    np.testing.assert_array_equal(np.rint(y_um / grid.tile_um), row)
+    np.testing.assert_array_equal(np.rint(x_um / grid.stride_x_um), col)
+    np.testing.assert_array_equal(np.rint(y_um / grid.stride_y_um), row)
 
 
-@given(GRIDS, st.floats(0, 1), st.floats(0, 1))
+@given(GRIDS, st.floats(0, 1))
 @settings(max_examples=200, deadline=None)
-def test_every_point_of_the_slide_is_in_a_tile(grid: TileGrid, share_x: float, share_y: float) -> None:
-    for point, length, num in (
-        (share_x * grid.width_um, grid.width_um, grid.num_x),
-        (share_y * grid.height_um, grid.height_um, grid.num_y),
+def test_every_point_of_the_slide_is_in_a_tile_or_in_a_chosen_gap(grid: TileGrid, share: float) -> None:
+    for length, num, tile, stride in (
+        (grid.width_um, grid.num_x, grid.tile_width_um, grid.stride_x_um),
+        (grid.height_um, grid.num_y, grid.tile_height_um, grid.stride_y_um),
     ):
-        assert point <= num * grid.tile_um * (1 + 1e-5)
-        assert (num - 1) * grid.tile_um < length  # and no tile lies wholly outside
+        point = share * length
+        last_before = min(int(point / stride), num - 1)
+        assert point <= last_before * stride + max(tile, stride) * (1 + 1e-5)
+        assert num == 1 or (num - 2) * stride + tile < length * (1 + 1e-9)  # no tile more than it takes
+        assert num == 1 or (num - 1) * stride < length  # and none wholly outside
 
 
 @given(
@@ -42,17 +46,17 @@ def test_tissue_of_the_tiles_adds_up_to_that_of_the_slide(
     rows: int, cols: int, mpp: float, tile_px: int, tile_mpp: float, seed: int, share: float
 ) -> None:
     mask = TissueMask(np.random.default_rng(seed).random((rows, cols)) < share, mpp)
-    grid = TileGrid(cols * mpp, rows * mpp, tile_px, tile_mpp)
+    grid = TileGrid.square(cols * mpp, rows * mpp, tile_px, tile_mpp)
     _, fraction = choose_tiles(grid, mask, 0.0)
-    covered = float(fraction.astype(np.float64).sum()) * grid.tile_um**2
+    covered = float(fraction.astype(np.float64).sum()) * grid.tile_width_um**2
     # float32 fractions, and slivers below 1e-9 of a tile that are left out.
-    assert np.isclose(covered, mask.area_um2, rtol=1e-4, atol=1e-6 * grid.tile_um**2 * grid.num_tiles)
+    assert np.isclose(covered, mask.area_um2, rtol=1e-4, atol=1e-6 * grid.tile_width_um**2 * grid.num_tiles)
 
 
 @given(st.integers(0, 2**31), st.floats(0, 1), st.floats(0, 1))
 @settings(max_examples=100, deadline=None)
 def test_more_tissue_asked_for_fewer_tiles_chosen(seed: int, one: float, other: float) -> None:
     mask = TissueMask(np.random.default_rng(seed).random((20, 30)) < 0.5, 8.0)
-    grid = TileGrid(240.0, 160.0, 50, 0.5)
+    grid = TileGrid.square(240.0, 160.0, 50, 0.5)
     few, many = (set(choose_tiles(grid, mask, value)[0].tolist()) for value in (max(one, other), min(one, other)))
     assert few <= many

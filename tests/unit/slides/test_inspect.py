@@ -31,6 +31,24 @@ def test_tiles_finer_than_the_slide_get_a_note(make_slide: MakeSlide) -> None:
     assert "the tiles are 4 times finer than the slide: raise slides.tile_mpp" in text
 
 
+def test_a_stride_counts_and_so_does_the_switch_for_dark_slides(make_slide: MakeSlide) -> None:
+    path = make_slide(plain(400, 400, PINK), 1.0)
+    counts = [inspect_slide(path, tile_px=100, tile_mpp=1.0, stride_px=stride).num_tiles for stride in (None, 50)]
+    assert counts == [16, 49]
+    image = plain(400, 400, (10, 10, 10))
+    image[100:300, 100:300] = (10, 200, 10)
+    path = make_slide(image, 1.0)
+    with pytest.raises(SlideError, match="dark"):
+        inspect_slide(path)
+    assert inspect_slide(path, tile_px=100, tile_mpp=1.0, dark_field="tissue").num_tiles == 4
+
+
+def test_a_hostile_file_name_is_shown_escaped(make_slide: MakeSlide) -> None:
+    text = inspect_slide(make_slide(plain(100, 100, PINK), 1.0, name="a\x1b[31m\nb.tiff"), tile_mpp=1.0).text()
+    assert "a\\x1b[31m\\nb.tiff" in text
+    assert "\x1b" not in text
+
+
 def test_errors_come_through(make_slide: MakeSlide) -> None:
     with pytest.raises(SlideError, match="no mpp in the file"):
         inspect_slide(make_slide(plain(64, 64), None))

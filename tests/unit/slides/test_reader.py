@@ -2,14 +2,18 @@
 
 import math
 import os
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
+import openslide
 import pytest
+import tifffile
+from PIL import Image, ImageCms
 
 from gigamil.errors import SlideError
 from gigamil.slides import reader
+from gigamil.slides.backend import shown
 from gigamil.slides.reader import MppError, is_slide, open_slide
 
 from .conftest import MakeSlide, plain, ramps
@@ -127,6 +131,206 @@ def test_absurd_mpp_in_the_file_is_refused_even_with_a_default(make_slide: MakeS
         open_slide(path, default_mpp=0.5)
     with open_slide(path, mpp=0.5) as slide:
         assert slide.info.mpp_x == 0.5
+
+
+def aperio(mpp: str, objective: str = "20", note: str = "") -> str:
+    """The description that makes OpenSlide see an SVS."""
+    return f"Aperio Image Library v1\r\n64x64 (64x64) JPEG/RGB Q=30|AppMag = {objective}|MPP = {mpp}{note}"
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("0", "mpp 0 in the file cannot be true"),
+        ("0.0000", "mpp 0 in the file cannot be true"),
+        ("nan", "no mpp in the file"),  # OpenSlide drops what is no number
+        ("inf", "mpp inf in the file cannot be true"),
+        ("-0.25", "mpp -0.25 in the file cannot be true"),
+        ("250", "mpp 250 in the file cannot be true"),
+        ("1e-9", "mpp 1e-09 in the file cannot be true"),
+        ("", "no mpp in the file"),
+        ("0.5 um", "no mpp in the file"),
+    ],
+)
+def test_a_wrong_mpp_of_an_svs_is_refused_and_the_table_cures_it(make_slide: MakeSlide, text: str, why: str) -> None:
+    path = make_slide(plain(128, 128), None, "slide.svs", tile=64, description=aperio(text))
+    with pytest.raises(MppError, match=rf"slide\.svs': {why}.*mpp column of the slide table"):
+        open_slide(path)
+    with open_slide(path, mpp=0.25) as slide:
+        assert (slide.info.vendor, slide.info.mpp_x, slide.info.mpp_source) == ("aperio", 0.25, "table")
+
+
+def test_a_decimal_comma_is_never_cut_off(make_slide: MakeSlide) -> None:
+    with open_slide(make_slide(plain(128, 128), None, "slide.svs", tile=64, description=aperio("0,499"))) as slide:
+        assert slide.info.mpp_x == 0.499  # OpenSlide reads it so
+    with pytest.raises(MppError, match=r"mpp '0,499' in the file is no number.*mpp column"):
+        reader._number(slide.info.path, "0,499")
+
+
+@pytest.mark.parametrize("side", [1_000_001, 2**31 - 1])
+def test_a_slide_that_claims_to_be_huge_costs_nothing(make_slide: MakeSlide, side: int) -> None:
+    path = make_slide(plain(128, 128), 0.5, levels=1)
+    with tifffile.TiffFile(path, mode="r+b") as file:
+        file.pages.first.tags[256].overwrite(side, dtype="I")
+    with pytest.raises(SlideError, match=rf"slide\.tiff': (it claims {side} x 128 pixels, which no slide|.*damaged)"):
+        open_slide(path)
+
+
+# ---- what leaves the reader ----
+
+
+def test_no_free_text_leaves_the_reader(make_slide: MakeSlide) -> None:
+    note = "|User = Jane Roe|Filename = S24-001 ROE|ScanScope ID = Ward 7|Title = ROE, Jane"
+    path = make_slide(ramps(128, 128), None, "s.svs", tile=64, description=aperio("0.5", "20 Jane Roe", note))
+    with openslide.OpenSlide(path) as handle:
+        assert "Jane Roe" in handle.properties["openslide.comment"]  # it is there to be found
+    with open_slide(path) as slide:
+        slide.thumbnail(2.0)
+        text = repr(asdict(slide.info)) + repr(slide._backend.header)
+    assert not any(secret in text for secret in ("Jane", "ROE", "Ward", "S24"))
+    assert slide.info.objective is None  # a number, or nothing
+
+
+def test_label_and_macro_images_are_never_opened(make_slide: MakeSlide, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: object) -> None:
+        raise AssertionError("associated images were looked at")
+
+    monkeypatch.setattr(openslide.OpenSlide, "associated_images", property(refuse))
+    with open_slide(make_slide(ramps(128, 128), 0.5)) as slide:
+        slide.thumbnail(2.0)
+        slide.read_um(0.0, 0.0, 32.0, 32.0, 64, 64)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("plain µm", "plain µm"),
+        ("a\nb\r\tc", r"a\nb\r\tc"),
+        ("\x1b[31mred\x1b[0m", r"\x1b[31mred\x1b[0m"),
+        ("\u202eevil\u2028", r"\u202eevil\u2028"),
+        ("\udcff.svs", r"\udcff.svs"),
+        ("x" * 500, "x" * 120 + "..."),
+    ],
+)
+def test_text_from_files_is_escaped_and_cut_in_messages(text: str, expected: str) -> None:
+    assert shown(text) == expected
+
+
+def test_a_path_is_escaped_but_never_cut() -> None:
+    assert shown(Path("x" * 200, "a\nb.svs")) == "x" * 200 + r"/a\nb.svs"
+
+
+def test_a_file_name_cannot_write_to_the_terminal(tmp_path: Path) -> None:
+    path = tmp_path / "a\x1b[2J\nok.svs"
+    path.write_text("not a slide")
+    with pytest.raises(SlideError) as caught:
+        open_slide(path)
+    assert str(caught.value).isprintable()
+    assert r"a\x1b[2J\nok.svs" in str(caught.value)
+
+
+# ---- colour profiles ----
+
+
+def inverted_profile() -> bytes:
+    """sRGB with red and blue exchanged: a profile whose application cannot be missed."""
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    profile[:] = profile.replace(b"rXYZ", b"tmp1").replace(b"bXYZ", b"rXYZ").replace(b"tmp1", b"bXYZ")
+    return bytes(profile)
+
+
+def with_profile(path: Path, profile: bytes) -> Path:
+    """Put an ICC profile into a TIFF, over a description of the same length."""
+    with tifffile.TiffFile(path) as file:
+        tag = file.pages.first.tags[270]
+        tag_at, data_at = tag.offset, tag.valueoffset
+    data = bytearray(path.read_bytes())
+    data[data_at : data_at + len(profile)] = profile
+    data[tag_at : tag_at + 4] = (34675).to_bytes(2, "little") + (7).to_bytes(2, "little")
+    path.write_bytes(data)
+    return path
+
+
+def slide_with_profile(make_slide: MakeSlide, profile: bytes) -> Path:
+    return with_profile(make_slide(ramps(256, 256), 0.5, tile=64, description="x" * (len(profile) - 1)), profile)
+
+
+def test_a_colour_profile_is_recorded_and_applied_on_request(
+    make_slide: MakeSlide, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = slide_with_profile(make_slide, inverted_profile())
+    with open_slide(path) as slide, open_slide(path, icc="apply") as applied:
+        assert slide.info.icc_sha256 == applied.info.icc_sha256 is not None
+        assert (slide.icc_applied, applied.icc_applied) == (False, True)
+        assert slide.tiles(0) is not None
+        as_is, to_srgb = (s.read_um(10.0, 10.0, 64.0, 64.0, 128, 128) for s in (slide, applied))
+        thumbnails = [s.thumbnail(2.0) for s in (slide, applied)]
+    transform = reader._srgb_transform(path, inverted_profile())
+    expected = np.asarray(ImageCms.applyTransform(Image.fromarray(as_is), transform))
+    assert (to_srgb == expected).all()
+    assert np.abs(to_srgb.astype(int) - as_is).max() > 50
+    assert np.abs(thumbnails[0].astype(int) - thumbnails[1]).max() > 50
+    monkeypatch.setattr(reader, "TILED_VENDORS", ())
+    with open_slide(path, icc="apply") as applied:
+        assert (applied.read_um(10.0, 10.0, 64.0, 64.0, 128, 128) == to_srgb).all()
+        assert (applied.thumbnail(2.0) == thumbnails[1]).all()
+
+
+def test_a_slide_without_a_profile_stays_as_it_is(make_slide: MakeSlide) -> None:
+    path = make_slide(ramps(128, 128), 0.5)
+    with open_slide(path) as slide, open_slide(path, icc="apply") as applied:
+        assert (applied.info.icc_sha256, applied.icc_applied) == (None, False)
+        assert (slide.thumbnail(1.0) == applied.thumbnail(1.0)).all()
+
+
+def test_a_damaged_profile_is_refused_only_where_it_is_wanted(make_slide: MakeSlide) -> None:
+    path = slide_with_profile(make_slide, b"no profile" * 30)
+    with open_slide(path) as slide:
+        assert slide.info.icc_sha256 is not None
+    with pytest.raises(SlideError, match=r"slide\.tiff': its ICC profile \(300 bytes\) cannot be applied.*icc=ignore"):
+        open_slide(path, icc="apply")
+
+
+# ---- the order of reading ----
+
+
+@pytest.mark.parametrize("tiled", [True, False])
+def test_the_result_does_not_depend_on_the_order_of_reading(
+    make_slide: MakeSlide, monkeypatch: pytest.MonkeyPatch, tiled: bool
+) -> None:
+    """Also at a downsample that is no whole number, with mpp_x != mpp_y, and after a read that failed."""
+    path = make_slide(ramps(501, 703), (0.5, 0.47), tile=64)
+    monkeypatch.setattr(reader, "TILED_VENDORS", reader.TILED_VENDORS if tiled else ())
+    with tifffile.TiffFile(path) as file:
+        page = file.pages.first
+        last = page.dataoffsets[-1]
+    with path.open("r+b") as damaged:
+        damaged.seek(last)
+        damaged.write(bytes(64))
+    places = [(x * 31.0, y * 29.0, mpp) for x in range(5) for y in range(4) for mpp in (0.5, 0.9, 1.3)]
+
+    def read(order: list[int], fail: bool) -> dict[int, bytes]:
+        found = {}
+        with open_slide(path) as slide:
+            for index in order:
+                if fail:
+                    with pytest.raises(SlideError):
+                        slide.read_um(slide.info.width_um - 20, slide.info.height_um - 20, 20.0, 20.0, 40, 40)
+                x_um, y_um, mpp = places[index]
+                found[index] = slide.read_um(x_um, y_um, 48 * mpp, 48 * mpp, 48, 48).tobytes()
+        return found
+
+    forward = list(range(len(places)))
+    shuffled = np.random.default_rng(0).permutation(len(places)).tolist()
+    assert read(forward, False) == read(shuffled, False) == read(forward[::-1], True)
+
+
+def test_a_closed_slide_stays_closed(make_slide: MakeSlide) -> None:
+    slide = open_slide(make_slide(ramps(128, 128), 0.5))
+    slide.close()
+    slide.close()  # twice does no harm
+    with pytest.raises(ValueError, match=r"slide\.tiff' is closed"):
+        slide.read_um(0.0, 0.0, 16.0, 16.0, 16, 16)
 
 
 def test_missing_path(tmp_path: Path) -> None:
