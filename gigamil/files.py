@@ -2,6 +2,8 @@
 
 import json
 import os
+import socket
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,8 @@ from gigamil.errors import CohortError
 def replace_file(path: Path, content: str | bytes) -> None:
     """Write a small file so that a reader, or a crash, sees the old content or the new, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Several writers may replace one file: threads, and containers of several machines, each as its process 1.
+    staged = path.with_name(f".{path.name}.{socket.gethostname()}-{threading.get_native_id()}.tmp")
     staged.write_bytes(content.encode() if isinstance(content, str) else content)
     fsync(staged)
     staged.rename(path)

@@ -1,4 +1,4 @@
-"""One run per folder: a lock file that says who holds it.
+"""One run per folder, or the jobs of one array: a lock file that says who holds it.
 
 Three signs of life are used. The kernel's lock on the open file ends with its process, whatever ended it, and is not
 fooled by a reused process number; but not every network file system passes it to other machines. So the file also
@@ -11,6 +11,7 @@ import fcntl
 import json
 import logging
 import os
+import re
 import socket
 import tempfile
 import threading
@@ -25,6 +26,7 @@ import psutil
 from gigamil.errors import EnvironmentFault
 
 LOCK_NAME = ".gigamil.lock"
+_JOB_LOCK = re.compile(r"\.gigamil-job-(\d+)-of-(\d+)\.lock")
 TOUCH_S = 10.0
 # Twelve touches, and more than the minute for which NFS clients believe their cached file times (acregmax).
 DEAD_AFTER_S = 120.0
@@ -48,7 +50,7 @@ class Holder:
 
 
 @contextmanager
-def folder_lock(path: Path | str, what: str) -> Iterator[None]:
+def folder_lock(path: Path | str, what: str, job: tuple[int, int] | None = None) -> Iterator[None]:
     """Hold a folder for one run; it is made if it is missing.
 
     The lock of a dead run is taken over with a notice in the log: on this machine at once, of another machine when it
@@ -57,11 +59,13 @@ def folder_lock(path: Path | str, what: str) -> Iterator[None]:
     Args:
         path: the folder.
         what: the holder as the user knows it, for example "gigamil tile".
+        job: (i, n) for the i-th of n jobs that share the folder. The others of the n may hold it too; the same i, jobs
+            of another n, and a run that wants the folder for itself may not.
     Raises:
         EnvironmentFault: another run holds the folder, or it cannot be written.
     """
     folder = Path(path)
-    file = folder / LOCK_NAME
+    file = folder / (LOCK_NAME if job is None else ".gigamil-job-{}-of-{}.lock".format(*job))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         handle = _open_locked(folder, file)
@@ -70,15 +74,19 @@ def folder_lock(path: Path | str, what: str) -> Iterator[None]:
         except BaseException:
             os.close(handle)
             raise
+        try:
+            # After our own lock: of two that start at once, at least one sees the other.
+            _refuse_others(folder, file, job)
+        except BaseException:
+            _let_go(handle, file)
+            raise
     except OSError as error:
         raise EnvironmentFault(f"folder '{folder}' cannot be locked: {error}. Name a writable one.") from error
     try:
         with _touched(handle, file):
             yield
     finally:
-        # Deleted while still locked: who waits for this file sees that it is gone and opens the next one.
-        file.unlink(missing_ok=True)
-        os.close(handle)
+        _let_go(handle, file)
 
 
 def _open_locked(folder: Path, file: Path) -> int:
@@ -100,11 +108,53 @@ def _open_locked(folder: Path, file: Path) -> int:
         os.close(handle)  # the holder before deleted it between our open and our lock
 
 
+def _let_go(handle: int, file: Path) -> None:
+    # Deleted while still locked: who waits for this file sees that it is gone and opens the next one.
+    file.unlink(missing_ok=True)
+    os.close(handle)
+
+
+def _refuse_others(folder: Path, mine: Path, job: tuple[int, int] | None) -> None:
+    """Refuse if someone holds the folder who may not share it; delete the locks of those that are dead."""
+    for file in sorted(folder.glob(".gigamil*.lock")):
+        theirs = _JOB_LOCK.fullmatch(file.name)
+        if file == mine or (job and theirs and int(theirs[2]) == job[1]) or not (theirs or file.name == LOCK_NAME):
+            continue
+        try:
+            handle = os.open(file, os.O_RDWR | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            continue  # it has just ended
+        try:
+            if _is_held(handle, folder):
+                raise _in_use(folder, file, _read_holder(handle))
+            file.unlink(missing_ok=True)
+        finally:
+            os.close(handle)
+
+
+def _is_held(handle: int, folder: Path) -> bool:
+    """Whether the holder of an open lock file is alive, by the kernel's word or by what the file says."""
+    try:
+        # Shared: several that look at one dead lock do not take each other for its holder.
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError as error:
+        if error.errno not in _NO_KERNEL_LOCKS:
+            raise
+    holder = _read_holder(handle)
+    return holder is not None and _seems_alive(holder, handle, folder)
+
+
+def _seems_alive(holder: Holder, handle: int, folder: Path) -> bool:
+    return _alive(holder) if holder.host == socket.gethostname() else _touched_lately(handle, folder)
+
+
 def _take(handle: int, folder: Path, file: Path, what: str) -> None:
     """Write ourselves into a lock file, unless its last holder may be alive."""
     last = _read_holder(handle)
     if last is not None:
-        if _alive(last) if last.host == socket.gethostname() else _touched_lately(handle, folder):
+        if _seems_alive(last, handle, folder):
             raise _in_use(folder, file, last)
         _log.warning("folder '%s': took over the lock of a run that is dead (%s)", folder, last)
     me = Holder(what, socket.gethostname(), os.getpid(), psutil.Process().create_time())

@@ -2,11 +2,12 @@
 
 A change here, or in how pixels are read, masked or encoded, is a new FORMAT_VERSION: then every slide is tiled anew.
 
-    <root>/status.csv                          outcome per slide of the last `gigamil tile`
+    <root>/cohort.parquet, cohort.csv          one row per slide: what it is, and what `gigamil tile` did to it
+    <root>/contact-sheet/                      the overviews of all slides, to look over
     <root>/slides/<slide_id>/manifest.json     what the slide is, how it was tiled, digests of the files beside it
                              index.parquet     one row per tile, in stored order (see index.py)
                              tiles-00000.tar   members <slide_id>/<number>.jpg, webdataset keys <slide_id>/<number>
-                             thumbnail.jpg, mask.png
+                             thumbnail.jpg, mask.png, tissue.geojson, overview.jpg
     <root>/.gigamil-staging/<slide_id>/        the same while it is written; renamed to slides/ when complete
     <root>/.gigamil-removed/<slide_id>/        the same while it is deleted
 """
@@ -14,14 +15,15 @@ A change here, or in how pixels are read, masked or encoded, is a new FORMAT_VER
 from pathlib import Path
 from typing import Final
 
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
 TILES_PER_TAR = 4096  # 50-120 MB of 224-pixel tiles: large enough for one range request, small enough to copy again
 TAR_BLOCK = 512  # a USTAR header is one block, and data is padded to whole blocks
 
-SLIDES, STATUS = "slides", "status.csv"
+SLIDES, COHORT, COHORT_CSV, CONTACT_SHEET = "slides", "cohort.parquet", "cohort.csv", "contact-sheet"
 # `gigamil tile` deletes these two whatever they hold, so they have names that nobody else gives to a folder.
 STAGING, REMOVED = ".gigamil-staging", ".gigamil-removed"
 MANIFEST, INDEX, THUMBNAIL, MASK = "manifest.json", "index.parquet", "thumbnail.jpg", "mask.png"
+TISSUE, OVERVIEW = "tissue.geojson", "overview.jpg"
 EXTENSION = "jpg"
 
 

@@ -5,6 +5,7 @@ Coordinates live here and not as a second tar member per tile, which would cost 
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -19,11 +20,16 @@ class SlideIndex:
         tar: int32, number of the tar.
         offset: int64, byte at which the tile's JPEG starts in its tar.
         length: int64, bytes of the JPEG.
-        number: int64, position in stored order, 0..N-1: the number in the member's name.
+        number: int64, the number in the member's name: ascending, and 0..N-1 unless tiles that were not sharp enough
+            (`slides.min_sharpness`) were dropped.
         x_um, y_um: float64, top left corner in micron from the corner of level 0.
         x_px0, y_px0: int64, the same in level-0 pixels, rounded.
         tissue: float32, share of the tile that is tissue.
+        pen: float32, share of the tile that is covered by pen marks.
+        sharpness: float32, see slides/quality.py; NaN unless `slides.min_sharpness` asked for it.
         crc32: uint32 of the JPEG.
+
+    Where only positions are kept (`data.source: slides`), tar, offset, length and crc32 are 0.
     """
 
     tar: np.ndarray
@@ -35,6 +41,8 @@ class SlideIndex:
     x_px0: np.ndarray
     y_px0: np.ndarray
     tissue: np.ndarray
+    pen: np.ndarray
+    sharpness: np.ndarray
     crc32: np.ndarray
 
     def __post_init__(self) -> None:
@@ -57,6 +65,8 @@ _DTYPES = {
     "x_px0": np.dtype(np.int64),
     "y_px0": np.dtype(np.int64),
     "tissue": np.dtype(np.float32),
+    "pen": np.dtype(np.float32),
+    "sharpness": np.dtype(np.float32),
     "crc32": np.dtype(np.uint32),
 }
 
@@ -67,15 +77,15 @@ def write_index(path: Path, index: SlideIndex) -> None:
     pq.write_table(table, path, compression="zstd")
 
 
-def read_index(path: Path) -> SlideIndex:
+def read_index(file: Path | BinaryIO) -> SlideIndex:
     """Read an index; its columns are read-only.
 
     Raises:
         OSError, KeyError, ValueError: not a file that `write_index` wrote. The caller has compared its digest before,
             so this is a bug or another version.
     """
-    with pq.ParquetFile(path) as file:
-        table = file.read(use_threads=False)
+    with pq.ParquetFile(file) as parquet:
+        table = parquet.read(use_threads=False)
     return SlideIndex(**{name: np.from_dlpack(table[name].combine_chunks()) for name in _DTYPES})
 
 

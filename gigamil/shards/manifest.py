@@ -25,18 +25,22 @@ class FileDigest(_Record):
 
     name: str = Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$")
     bytes: int
-    sha256: str
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
 class SlideManifest(_Record):
     """What a slide is and how it was tiled.
 
     Lengths end in their unit: `_px0` level-0 pixels, `_um` micron, `mpp` micron per pixel.
+    `tile_mpp` is the mpp that was asked for and `pixel_mpp_x`, `pixel_mpp_y` those of the stored pixels: they are equal
+    unless `way` is "raw", where tiles are the slide file's own at its own mpp; then `num_raw` of them are its very
+    bytes. `way_reason` says why a slide was resampled.
+    `num_dropped` tiles with enough tissue failed a quality filter. `stored` is False where only positions are kept.
     `settings` are the values that decide the tiles and `settings_hash` their digest; `source_fingerprint` tells
     another slide file, or a copy that was cut short, from the one that was tiled.
     """
 
-    format_version: Literal[1]
+    format_version: Literal[2]
     slide_id: str
     vendor: str
     objective: str | None
@@ -47,11 +51,20 @@ class SlideManifest(_Record):
     mpp_x: float
     mpp_y: float
     mpp_source: str
+    icc_sha256: str | None
     tile_px: int
     tile_mpp: float
+    stride_px: int
+    pixel_mpp_x: float
+    pixel_mpp_y: float
     num_x: int
     num_y: int
     num_tiles: int
+    num_raw: int
+    num_dropped: int
+    way: Literal["raw", "resampled"]
+    way_reason: str
+    stored: bool
     tissue_area_mm2: float
     thumbnail_mpp: float
     mask_sha256: str
@@ -62,16 +75,28 @@ class SlideManifest(_Record):
     index: FileDigest
     thumbnail: FileDigest
     mask: FileDigest
+    tissue: FileDigest
+    overview: FileDigest
 
     @property
     def tile_um(self) -> float:
-        """Side of a tile in micron."""
+        """Side of a tile in micron, as configured; raw tiles differ by up to `slides.raw_tolerance`."""
         return self.tile_px * self.tile_mpp
+
+    @property
+    def tile_width_um(self) -> float:
+        """Width of a tile in micron."""
+        return self.tile_px * self.pixel_mpp_x
+
+    @property
+    def tile_height_um(self) -> float:
+        """Height of a tile in micron."""
+        return self.tile_px * self.pixel_mpp_y
 
     @property
     def files(self) -> tuple[FileDigest, ...]:
         """Every file beside the manifest."""
-        return (*self.tars, self.index, self.thumbnail, self.mask)
+        return (*self.tars, self.index, self.thumbnail, self.mask, self.tissue, self.overview)
 
     @property
     def why_empty(self) -> str:
@@ -80,6 +105,8 @@ class SlideManifest(_Record):
             return ""
         if not self.tissue_area_mm2:
             return "no tissue found: the slide is empty, or all of it lies in specks below slides.min_tissue_area_um2"
+        if self.num_dropped:
+            return f"all {self.num_dropped} tiles with tissue were dropped by slides.max_pen or slides.min_sharpness"
         return (
             f"{self.tissue_area_mm2:.3f} mm2 of tissue, but no tile of {self.tile_um:g} um holds enough of it; "
             f"lower slides.min_tissue ({self.settings['min_tissue']}) or slides.tile_px"
@@ -107,22 +134,34 @@ def read_manifest(folder: Path) -> SlideManifest:
     path = folder / MANIFEST
     cure = f"Delete the folder '{folder}' and run `gigamil tile` again."
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_bytes()
     except FileNotFoundError:
-        raise ShardError(
-            f"slide '{folder.name}' has no shards: '{path}' is missing. Run `gigamil tile` first."
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
+        raise no_manifest(folder.name, path) from None
+    except OSError as error:
         raise ShardError(f"slide '{folder.name}': '{path}' cannot be read: {error}. {cure}") from error
+    return parse_manifest(text, folder.name, str(path), cure)
+
+
+def parse_manifest(text: bytes, slide_id: str, where: str, cure: str) -> SlideManifest:
+    """Check the text of a slide's manifest; `where` and `cure` are for the message.
+
+    Raises:
+        ShardError: it is not a manifest of this format version, or belongs to another slide.
+    """
     try:
         manifest = SlideManifest.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"])) or "the file"
         raise ShardError(
-            f"slide '{folder.name}': '{path}' is not a manifest of format version {FORMAT_VERSION}: {key}: "
+            f"slide '{slide_id}': '{where}' is not a manifest of format version {FORMAT_VERSION}: {key}: "
             f"{first['msg']}. {cure}"
         ) from error
-    if manifest.slide_id != folder.name:
-        raise ShardError(f"'{path}' is the manifest of slide '{manifest.slide_id}', not of '{folder.name}'. {cure}")
+    if manifest.slide_id != slide_id:
+        raise ShardError(f"'{where}' is the manifest of slide '{manifest.slide_id}', not of '{slide_id}'. {cure}")
     return manifest
+
+
+def no_manifest(slide_id: str, where: Path | str) -> ShardError:
+    """The error for a slide that has not been tiled."""
+    return ShardError(f"slide '{slide_id}' has no shards: '{where}' is missing. Run `gigamil tile` first.")

@@ -1,80 +1,134 @@
-"""Tiles -> tars in a staging folder, and the one rename that makes a slide appear. Imports webdataset, as read.py does.
+"""Tiles -> tars in a staging folder, and the one rename that makes a slide appear.
 
 Nothing half-finished ever has a final name: a slide is written in a staging folder, every file is flushed to disk,
 the manifest is written last, and then the folder is renamed.
+
+The tars are plain USTAR, which webdataset reads (tests/unit/shards/test_read_write.py). Its writer is not used: it
+imports torch, 400 MB and two seconds in each process of `gigamil tile`.
 """
 
+import hashlib
 import itertools
+import os
 import shutil
 import tarfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import webdataset
 
+from gigamil.errors import ShardError
 from gigamil.files import fsync
 from gigamil.shards.format import (
-    EXTENSION,
     MANIFEST,
     REMOVED,
+    SLIDES,
     STAGING,
     TAR_BLOCK,
     TILES_PER_TAR,
+    member_name,
     padded,
     slide_folder,
     tar_name,
-    tile_key,
 )
-from gigamil.shards.manifest import FileDigest, SlideManifest, digest_file
+from gigamil.shards.manifest import FileDigest, SlideManifest
 
 
 @dataclass(frozen=True, eq=False)
-class StoredTiles:
-    """Where tiles lie: the tars, and arrays as the columns of the same name in `SlideIndex`."""
+class StoredTar:
+    """One tar and where its tiles lie in it: arrays as the columns of the same name in `SlideIndex`."""
 
-    tars: tuple[FileDigest, ...]
-    tar: np.ndarray
+    file: FileDigest
+    number: np.ndarray
     offset: np.ndarray
     length: np.ndarray
     crc32: np.ndarray
 
 
-def write_tars(folder: Path, slide_id: str, jpegs: Iterable[bytes], tiles_per_tar: int = TILES_PER_TAR) -> StoredTiles:
-    """Write tiles, in the order given, to as many tars as needed.
+def write_tar(path: Path, slide_id: str, tiles: Iterable[tuple[int, bytes]]) -> StoredTar:
+    """Write a tar of tiles.
 
     Args:
-        folder: an existing folder, in staging.
-        jpegs: encoded tiles; consumed one by one, so memory holds one tile.
-        tiles_per_tar: tiles after which the next tar begins.
+        path: a file that does not exist, in a staging folder.
+        tiles: numbers and encoded tiles; consumed one by one, so memory holds one tile.
     Returns:
         Their places. Equal tiles give equal bytes: time, owner and mode in the tar are constants.
+    Cost: the file is hashed while it is written, so it is not read again.
     """
-    tars: list[FileDigest] = []
     places: list[tuple[int, int, int, int]] = []
-    for tar, tiles in itertools.groupby(enumerate(jpegs), key=lambda tile: tile[0] // tiles_per_tar):
-        path = folder / tar_name(tar)
-        places += [(tar, *place) for place in _write_tar(path, slide_id, tiles)]
-        tars.append(digest_file(path))
+    digest, end = hashlib.sha256(), 0
+    with path.open("xb") as file:
+        for number, jpeg in tiles:
+            block = _member(member_name(slide_id, number), jpeg)
+            file.write(block)
+            digest.update(block)
+            places.append((number, end + TAR_BLOCK, len(jpeg), zlib.crc32(jpeg)))
+            end += len(block)
+        # An archive ends with two empty blocks, and is filled up to whole records.
+        rest = bytes(2 * TAR_BLOCK + -(end + 2 * TAR_BLOCK) % tarfile.RECORDSIZE)
+        file.write(rest)
+        digest.update(rest)
     columns = np.array(places, dtype=np.int64).reshape(-1, 4)
-    return StoredTiles(
-        tuple(tars), columns[:, 0].astype(np.int32), columns[:, 1], columns[:, 2], columns[:, 3].astype(np.uint32)
+    return StoredTar(
+        file=FileDigest(name=path.name, bytes=end + len(rest), sha256=digest.hexdigest()),
+        number=columns[:, 0],
+        offset=columns[:, 1],
+        length=columns[:, 2],
+        crc32=columns[:, 3].astype(np.uint32),
     )
+
+
+def write_tars(
+    folder: Path, slide_id: str, jpegs: Iterable[bytes], tiles_per_tar: int = TILES_PER_TAR
+) -> tuple[StoredTar, ...]:
+    """Write tiles, numbered in the order given, to as many tars as needed."""
+    groups = itertools.groupby(enumerate(jpegs), key=lambda tile: tile[0] // tiles_per_tar)
+    return tuple(write_tar(folder / tar_name(tar), slide_id, tiles) for tar, tiles in groups)
+
+
+def place_tiles(tars: Sequence[StoredTar]) -> dict[str, np.ndarray]:
+    """The columns of `SlideIndex` that say where tiles lie."""
+
+    def joined(name: str, dtype: type) -> np.ndarray:
+        return np.concatenate([np.zeros(0, dtype), *(getattr(tar, name) for tar in tars)])
+
+    return {
+        "tar": np.repeat(np.arange(len(tars), dtype=np.int32), [len(tar.number) for tar in tars]),
+        "number": joined("number", np.int64),
+        "offset": joined("offset", np.int64),
+        "length": joined("length", np.int64),
+        "crc32": joined("crc32", np.uint32),
+    }
+
+
+def staging_folder(root: Path, slide_id: str) -> Path:
+    """Where a slide is written."""
+    return root / STAGING / slide_id
+
+
+def stage(root: Path, slide_id: str) -> Path:
+    """Make the empty staging folder of a slide."""
+    folder = staging_folder(root, slide_id)
+    discard(root, slide_id)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def discard(root: Path, slide_id: str) -> None:
+    """Delete the staging folder of a slide, if there is one."""
+    shutil.rmtree(staging_folder(root, slide_id), ignore_errors=True)
 
 
 @contextmanager
 def staged_slide(root: Path, slide_id: str) -> Iterator[Path]:
     """Give an empty staging folder for a slide; what is not committed when the block ends is deleted."""
-    folder = root / STAGING / slide_id
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
     try:
-        yield folder
+        yield stage(root, slide_id)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        discard(root, slide_id)
 
 
 def commit(root: Path, staged: Path, manifest: SlideManifest) -> None:
@@ -101,24 +155,38 @@ def commit(root: Path, staged: Path, manifest: SlideManifest) -> None:
     shutil.rmtree(old, ignore_errors=True)  # what a reader still holds open is for `clear_leftovers`
 
 
-def clear_leftovers(root: Path) -> None:
-    """Delete what a run that was stopped left. Call it only while holding the folder's lock."""
+def refuse_links(root: Path) -> None:
+    """Refuse symbolic links where folders are written and deleted: they would lead out of the shard folder.
+
+    The shard folder itself may be a link.
+
+    Raises:
+        ShardError: names the link.
+    """
+    for path in (root / SLIDES, root / STAGING, root / REMOVED):
+        if path.is_symlink():
+            raise ShardError(
+                f"'{path}' is a symbolic link to '{os.readlink(path)}', outside of what `gigamil tile` may write. "
+                "Remove it, or point bookkeeping.shards at the folder itself."
+            )
+
+
+def clear_leftovers(root: Path, slide_ids: Sequence[str] | None = None) -> None:
+    """Delete what a run that was stopped left. Call it only while holding the folder's lock.
+
+    Args:
+        slide_ids: only what belongs to these slides, where others work in the folder too. Default: all.
+    """
     for name in (STAGING, REMOVED):
-        shutil.rmtree(root / name, ignore_errors=True)
+        for path in [root / name] if slide_ids is None else [root / name / slide_id for slide_id in slide_ids]:
+            shutil.rmtree(path, ignore_errors=True)
 
 
-def _write_tar(path: Path, slide_id: str, tiles: Iterable[tuple[int, bytes]]) -> list[tuple[int, int, int]]:
-    """Write one tar; returns offset, length and crc32 of each tile."""
-    places = []
-    # TarWriter on our own handle: webdataset's ShardWriter writes in place and never closes a handle it was given.
-    # mtime=0 and the writer's constant owner make the bytes a function of the tiles.
-    with path.open("wb") as file, webdataset.TarWriter(file, encoder=False, mtime=0) as writer:
-        # webdataset 1.0.2 takes a format but does not pass it on; in PAX, ids over 89 characters get longer headers.
-        writer.tarstream.format = tarfile.USTAR_FORMAT
-        for number, jpeg in tiles:
-            offset = writer.tarstream.offset + TAR_BLOCK
-            writer.write({"__key__": tile_key(slide_id, number), EXTENSION: jpeg})
-            # What the reader counts on; USTAR holds names of ids up to 128 characters in one block.
-            assert writer.tarstream.offset == offset + padded(len(jpeg)), f"unexpected header of {slide_id}/{number}"
-            places.append((offset, len(jpeg), zlib.crc32(jpeg)))
-    return places
+def _member(name: str, data: bytes) -> bytes:
+    """A file in a tar: header, data, filling up to whole blocks."""
+    header = tarfile.TarInfo(name)
+    header.size, header.mode, header.mtime = len(data), 0o444, 0
+    block = header.tobuf(tarfile.USTAR_FORMAT)
+    # What the reader counts on; USTAR holds names of ids up to 128 characters in one block.
+    assert len(block) == TAR_BLOCK, f"unexpected header of {name}"
+    return block + data + bytes(padded(len(data)) - len(data))

@@ -45,7 +45,7 @@ def tiny_run(folder: Path, **sections: dict[str, Any]) -> RunConfig:
         "bookkeeping": {"out": folder / "run", "shards": shards, "mlflow": False, "progress": False},
     }
     for name, values in sections.items():
-        data[name] = data[name] | values
+        data[name] = data.get(name, {}) | values
     config = absolute_paths(RunConfig.model_validate(data))
     split_cohort(config)
     return config

@@ -7,10 +7,10 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from gigamil.shards.format import FORMAT_VERSION, INDEX, MASK, THUMBNAIL, TILES_PER_TAR
+from gigamil.shards.format import FORMAT_VERSION, INDEX, MASK, OVERVIEW, THUMBNAIL, TILES_PER_TAR, TISSUE
 from gigamil.shards.index import SlideIndex, write_index
 from gigamil.shards.manifest import SlideManifest, digest_file, settings_digest
-from gigamil.shards.write import commit, staged_slide, write_tars
+from gigamil.shards.write import commit, place_tiles, staged_slide, write_tars
 
 
 def noise_jpegs(num: int, tile_px: int, seed: int = 0) -> list[bytes]:
@@ -35,22 +35,22 @@ def make_shards(
     side = max(1, int(np.ceil(np.sqrt(len(jpegs)))))
     row, col = np.divmod(np.arange(len(jpegs), dtype=np.int64), side)
     with staged_slide(root, slide_id) as folder:
-        stored = write_tars(folder, slide_id, jpegs, tiles_per_tar or TILES_PER_TAR)
+        tars = write_tars(folder, slide_id, jpegs, tiles_per_tar or TILES_PER_TAR)
         index = SlideIndex(
-            tar=stored.tar,
-            offset=stored.offset,
-            length=stored.length,
-            number=np.arange(len(jpegs), dtype=np.int64),
+            **place_tiles(tars),
             x_um=col * tile_px * tile_mpp,
             y_um=row * tile_px * tile_mpp,
             x_px0=col * tile_px,
             y_px0=row * tile_px,
             tissue=np.ones(len(jpegs), np.float32),
-            crc32=stored.crc32,
+            pen=np.zeros(len(jpegs), np.float32),
+            sharpness=np.full(len(jpegs), np.nan, np.float32),
         )
         write_index(folder / INDEX, index)
         Image.new("RGB", (side * 8, side * 8), (230, 160, 200)).save(folder / THUMBNAIL)
         Image.new("1", (side * 8, side * 8), 1).save(folder / MASK)
+        Image.new("RGB", (side * 8, side * 8), (230, 160, 200)).save(folder / OVERVIEW)
+        (folder / TISSUE).write_text('{"type": "FeatureCollection", "features": []}\n')
         manifest = SlideManifest(
             format_version=FORMAT_VERSION,
             slide_id=slide_id,
@@ -63,21 +63,32 @@ def make_shards(
             mpp_x=tile_mpp,
             mpp_y=tile_mpp,
             mpp_source="table",
+            icc_sha256=None,
             tile_px=tile_px,
             tile_mpp=tile_mpp,
+            stride_px=tile_px,
+            pixel_mpp_x=tile_mpp,
+            pixel_mpp_y=tile_mpp,
             num_x=side,
             num_y=side,
             num_tiles=len(jpegs),
+            num_raw=0,
+            num_dropped=0,
+            way="resampled",
+            way_reason="made for a test",
+            stored=True,
             tissue_area_mm2=1.0,
             thumbnail_mpp=tile_px * tile_mpp / 8,
             mask_sha256="",
             settings={"min_tissue": 0.25},
             settings_hash=settings_digest({"min_tissue": 0.25}),
             source_fingerprint="",
-            tars=stored.tars,
+            tars=tuple(tar.file for tar in tars),
             index=digest_file(folder / INDEX),
             thumbnail=digest_file(folder / THUMBNAIL),
             mask=digest_file(folder / MASK),
+            tissue=digest_file(folder / TISSUE),
+            overview=digest_file(folder / OVERVIEW),
         )
         commit(root, folder, manifest)
     return manifest

@@ -150,3 +150,79 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
         folder_lock(tmp_path / "file", "x"),
     ):
         pass
+
+
+def test_jobs_of_one_array_share_a_folder(tmp_path: Path) -> None:
+    with folder_lock(tmp_path, "first", (1, 3)), folder_lock(tmp_path, "third", (3, 3)):
+        assert len(list(tmp_path.iterdir())) == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("held", "wanted"),
+    [((1, 3), (1, 3)), ((1, 3), (2, 4)), ((1, 3), None), (None, (1, 3))],
+    ids=["the same job", "another array", "a run of its own", "beside a run of its own"],
+)
+def test_others_do_not_share_it_with_them(
+    tmp_path: Path, held: tuple[int, int] | None, wanted: tuple[int, int] | None
+) -> None:
+    with folder_lock(tmp_path, "gigamil tile, the holder", held):
+        before = sorted(tmp_path.iterdir())
+        start = time.monotonic()
+        with (
+            pytest.raises(EnvironmentFault, match=f"in use by `gigamil tile, the holder`, process {os.getpid()}"),
+            folder_lock(tmp_path, "x", wanted),
+        ):
+            pass
+        assert time.monotonic() - start < 2
+        assert sorted(tmp_path.iterdir()) == before
+    with folder_lock(tmp_path, "x", wanted):
+        pass
+
+
+@pytest.mark.parametrize("wanted", [None, (1, 4)])
+def test_dead_jobs_of_another_array_are_swept_away(tmp_path: Path, wanted: tuple[int, int] | None) -> None:
+    holder_file(tmp_path, started=psutil.Process().create_time() - 3600)
+    (tmp_path / LOCK_NAME).rename(tmp_path / ".gigamil-job-2-of-3.lock")
+    (tmp_path / ".gigamil-mine.lock").touch()
+    with folder_lock(tmp_path, "x", wanted):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == [".gigamil-mine.lock"]
+
+
+def test_a_living_job_on_another_host_is_believed(tmp_path: Path) -> None:
+    holder_file(tmp_path, host="node-17", pid=1)
+    (tmp_path / LOCK_NAME).rename(tmp_path / ".gigamil-job-2-of-3.lock")
+    with pytest.raises(EnvironmentFault, match="process 1 on node-17"), folder_lock(tmp_path, "x"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == [".gigamil-job-2-of-3.lock"]
+
+
+def test_of_many_that_start_at_once_never_two_get_in(tmp_path: Path) -> None:
+    """Alternating: runs of their own, and jobs of two arrays; only jobs of one array may be inside together."""
+    inside: list[tuple[int, int] | None] = []
+    wrong: list[object] = []
+    got_in = threading.Event()
+
+    def try_often(job: tuple[int, int] | None) -> None:
+        for _ in range(30):
+            try:
+                with folder_lock(tmp_path, "x", job):
+                    inside.append(job)
+                    others = list(inside)
+                    if len(others) > 1 and (None in others or len({n for _, n in others}) > 1):
+                        wrong.append(others)
+                    got_in.set()
+                    inside.remove(job)
+            except EnvironmentFault:
+                continue
+
+    jobs = [None, None, (1, 2), (2, 2), (1, 3), (2, 3)]
+    threads = [threading.Thread(target=try_often, args=(job,)) for job in jobs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert got_in.is_set()
+    assert wrong == []
+    assert list(tmp_path.iterdir()) == []

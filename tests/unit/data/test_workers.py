@@ -2,6 +2,7 @@
 
 import math
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import time
 
 import psutil
 
-from gigamil.data.workers import Died, run_isolated
+from gigamil.data.workers import Died, Limits, run_isolated
 
 
 def test_results_come_back_under_their_position() -> None:
@@ -54,3 +55,53 @@ def test_children_end_with_a_killed_parent() -> None:
         parent.wait()
     _, alive = psutil.wait_procs(children, timeout=30)
     assert alive == []
+
+
+def test_jobs_that_follow_go_before_those_of_later_positions() -> None:
+    def more(position: int, result: float | Died) -> list[float]:
+        return [81.0, 1.0] if (position, result) == (0, 4.0) else []
+
+    found = list(run_isolated(math.sqrt, [16.0, 25.0], 1, more=more))
+    assert found == [(0, 4.0), (0, 9.0), (0, 1.0), (1, 5.0)]
+    assert sorted(run_isolated(math.sqrt, [16.0, 25.0], 3, more=more)) == sorted(found)
+
+
+def test_a_worker_without_a_job_waits_for_one_that_follows() -> None:
+    def more(position: int, result: float | Died) -> list[float]:
+        return [0.0] * 3 if position == 1 and not followed and not followed.append(1) else []
+
+    followed: list[int] = []
+    assert [position for position, _ in run_isolated(time.sleep, [0.0, 1.0], 2, more=more)] == [0, 1, 1, 1, 1]
+
+
+def test_a_job_that_takes_too_long_is_ended_and_named() -> None:
+    start = time.monotonic()
+    found = dict(run_isolated(time.sleep, [600.0, 0.0, 0.0], 1, limits=Limits(seconds=0.5)))
+    assert found == {0: Died(-signal.SIGALRM, "time"), 1: None, 2: None}
+    assert time.monotonic() - start < 60
+    assert str(found[0]) == "its process met its limit of time"
+
+
+def test_the_limit_of_time_is_that_of_a_job_not_of_a_child() -> None:
+    assert dict(run_isolated(time.sleep, [0.5] * 3, 1, limits=Limits(seconds=1))) == dict.fromkeys(range(3))
+
+
+def test_a_worker_that_waits_for_a_job_has_no_limit_of_time() -> None:
+    def more(position: int, result: None | Died) -> list[float]:
+        followed.append(1)
+        return {2: [0.8], 3: [0.0, 0.0]}.get(len(followed), [])
+
+    followed: list[int] = []
+    found = list(run_isolated(time.sleep, [0.0, 0.8], 2, limits=Limits(seconds=1.2), more=more))
+    assert found == [(0, None), *[(1, None)] * 4]
+
+
+def test_a_job_that_takes_too_much_memory_is_ended_and_named() -> None:
+    found = dict(run_isolated(bytes, [4 << 30, 1 << 10, 64 << 20], 1, limits=Limits(memory=512 << 20)))
+    assert {position: len(result) for position, result in found.items() if position} == {1: 1 << 10, 2: 64 << 20}
+    assert isinstance(found[0], Died)
+    assert found[0].limit == "memory"
+
+
+def test_no_child_leaves_a_core_file() -> None:
+    assert dict(run_isolated(resource.getrlimit, [resource.RLIMIT_CORE], 1)) == {0: (0, 0)}
