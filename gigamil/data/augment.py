@@ -22,7 +22,9 @@ _STAINS = ((0.650, 0.704, 0.286), (0.072, 0.990, 0.105), (0.268, 0.570, 0.776))
 
 
 def to_float(image_nHWC: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """uint8 (n, H, W, 3) -> RGB in 0..1, (n, 3, H, W)."""
+    """uint8 (n, H, W, 3) -> RGB in 0..1, (n, 3, H, W). Features (n, D) stay what they are."""
+    if image_nHWC.dim() == 2:
+        return image_nHWC.to(dtype)
     return image_nHWC.permute(0, 3, 1, 2).to(dtype).div_(255)
 
 

@@ -1,40 +1,29 @@
-"""The tiles that this rank owns in a step: partition + shards -> uint8 tiles, decoded ahead in a thread.
+"""The tiles that this rank owns in a step: partition + shards -> uint8 tiles, read and decoded ahead in threads.
 
-What a rank gets is a pure function of the plan; prefetching changes when it is read, never what or in which order.
+What a rank gets is a pure function of the plan; threads change when it is read, never what or in which order. Threads
+and not processes: decoders give Python's lock back while they work, and pixels need no way from one process to another.
 """
 
 import queue
 import threading
-import time
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Protocol
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from gigamil import keyed
-from gigamil.data.decode import decode_tiles
-from gigamil.data.images import HeldImages, StoredImages, TileImages
-from gigamil.errors import ShardError
+from gigamil.data.images import HeldImages, RowMemory, Stopwatch, StoredImages, TileImages
+from gigamil.data.source import ShardSource, TileSource
 from gigamil.parallel.topology import Topology
 from gigamil.partition.schedule import StepPlan
-from gigamil.shards.index import SlideIndex
+from gigamil.shards.read import ShardSet
 
 _BLOCK = 2**16  # rows
-
-
-class TileSource(Protocol):
-    """Where tiles come from: what `gigamil.shards.ShardSet` offers."""
-
-    def read_span(self, slide_id: str, start: int, stop: int) -> list[bytes]:
-        """JPEG bytes of tiles start..stop - 1 in stored order."""
-        ...
-
-    def index(self, slide_id: str) -> SlideIndex:
-        """Where each tile lies."""
-        ...
+Span = tuple[str, int, int]  # slide id, first tile, one past the last
 
 
 @dataclass(frozen=True)
@@ -63,37 +52,48 @@ class StepLoader:
     """Reads the spans of this rank, step by step.
 
     Args:
-        source: tiles of slides.
+        source: tiles of slides; a ShardSet is read with the default decoder.
         slide_ids: the list that `StepPlan.slides` indexes.
         tile_px: side of a tile.
         topology: which group and which rank of it this is.
-        prefetch: steps decoded ahead in a thread; 0 reads when asked.
+        prefetch: steps decoded ahead; 0 reads when asked.
         hold_bytes: memory for decoded tiles. Where the steps that are there at once need more, tiles are decoded chunk
             by chunk, in each pass anew.
+        decode_workers: threads that read and decode blocks of tiles, each with one block at a time. 0: all is done by
+            the thread that asks, when it asks.
     """
 
     def __init__(
         self,
-        source: TileSource,
+        source: TileSource | ShardSet,
         slide_ids: Sequence[str],
         tile_px: int,
         topology: Topology,
         prefetch: int = 2,
         hold_bytes: int | None = None,
+        decode_workers: int = 1,
     ) -> None:
-        self._source = source
+        self._source: TileSource = ShardSource(source, tile_px) if isinstance(source, ShardSet) else source
         self._slide_ids = slide_ids
         self._tile_px = tile_px
         self._topology = topology
-        self._prefetch = prefetch
+        self._prefetch = prefetch if decode_workers else 0
         self._hold_bytes = hold_bytes
-        self.wait_s = 0.0  # seconds that the consumer has waited for tiles
+        self._workers = decode_workers
+        self._waited = Stopwatch()
+        self._memory = RowMemory()
+
+    @property
+    def wait_s(self) -> float:
+        """Seconds that the consumer has waited for tiles: for a step, and for chunks of tiles that are not held."""
+        return self._waited.seconds
 
     def load(self, plan: StepPlan) -> StepTiles:
         """This rank's tiles of a step, decoded if they may be held.
 
         Raises:
-            ShardError: a shard or a tile is damaged; the message names the slide and the tile.
+            ShardError: a shard or a tile is damaged; the message names the slide and the tile. Of several, the first in
+                pooled order, whatever the number of threads.
         """
         group = plan.groups[self._topology.group]
         spans = [
@@ -104,8 +104,8 @@ class StepLoader:
         numbers = [np.arange(span.start, span.stop, dtype=np.int64) for span, _ in spans]
         positions = []
         for span, slide_id in spans:
-            index = self._source.index(slide_id)
-            positions.append(np.stack([index.x_um, index.y_um], axis=1)[span.start : span.stop])
+            index, rows = self._source.index(slide_id), slice(span.start, span.stop)
+            positions.append(np.stack([index.x_um[rows], index.y_um[rows]], axis=1))
         return StepTiles(
             self._images([(slide_id, span.start, span.stop) for span, slide_id in spans]),
             torch.from_numpy(_joined(slide_index, (0,), np.int64)),
@@ -113,21 +113,47 @@ class StepLoader:
             torch.from_numpy(_joined(positions, (0, 2), np.float64)),
         )
 
-    def _images(self, spans: list[tuple[str, int, int]]) -> TileImages:
-        stored = StoredImages(spans, self._tile_px, self._decode)
+    def _images(self, spans: list[Span]) -> TileImages:
+        stored = StoredImages(spans, self._tile_px, lambda *span: self._read([span]), self._source.dim, self._waited)
         num_tiles = sum(stop - start for _, start, stop in spans)
         # One step in use, one waiting to be handed over, `prefetch` ahead of it.
-        needed = num_tiles * self._tile_px**2 * 3 * (self._prefetch + 2 if self._prefetch else 1)
+        needed = num_tiles * stored.row_bytes * (self._prefetch + 2 if self._prefetch else 1)
         if self._hold_bytes is not None and needed > self._hold_bytes:
             return stored
-        return HeldImages(stored.read(0, num_tiles))
+        return HeldImages(self._read(spans))
 
-    def _decode(self, slide_id: str, start: int, stop: int) -> Tensor:
-        jpegs = self._source.read_span(slide_id, start, stop)
-        try:
-            return torch.from_numpy(decode_tiles(jpegs, self._tile_px))
-        except ShardError as error:
-            raise ShardError(f"slide '{slide_id}', tiles {start}..{stop - 1}: {error}") from error
+    def _read(self, spans: Sequence[Span]) -> Tensor:
+        """The rows of some spans, block by block into one tensor."""
+        num_tiles = sum(stop - start for _, start, stop in spans)
+        if self._source.dim is None:
+            rows = self._memory.take((num_tiles, self._tile_px, self._tile_px, 3), np.dtype(np.uint8))
+        else:
+            rows = self._memory.take((num_tiles, self._source.dim), np.dtype(np.float32))
+        # A chunk of a step is shared out evenly, a step goes in blocks of the size that suits its source.
+        block = max(1, min(self._source.block, -(-num_tiles // max(1, self._workers))))
+        jobs, row = [], 0
+        for slide_id, start, stop in spans:
+            for first in range(start, stop, block):
+                last = min(first + block, stop)
+                jobs.append((slide_id, first, last, rows[row : row + last - first]))
+                row += last - first
+        if self._workers < 2 or len(jobs) < 2:
+            for job in jobs:
+                self._source.read_tiles(*job)
+        else:
+            reads = [self._threads.submit(self._source.read_tiles, *job) for job in jobs]
+            try:
+                for read in reads:  # in pooled order: so the first error is the same for any number of threads
+                    read.result()
+            finally:
+                for read in reads:
+                    read.cancel()
+                wait(reads)  # after an error too: the memory that they write to is used again
+        return torch.from_numpy(rows)
+
+    @cached_property
+    def _threads(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(self._workers, "gigamil-decode")
 
     def iterate(self, plans: Iterable[StepPlan]) -> Iterator[tuple[StepPlan, StepTiles | Exception]]:
         """Yield each plan with its tiles, or with the error that reading them raised: ranks agree on errors first."""
@@ -141,9 +167,8 @@ class StepLoader:
 
     def _one_by_one(self, plans: Iterable[StepPlan]) -> Iterator[tuple[StepPlan, StepTiles | Exception]]:
         for plan in plans:
-            start = time.perf_counter()
-            tiles = self._load_or_error(plan)
-            self.wait_s += time.perf_counter() - start
+            with self._waited.running():
+                tiles = self._load_or_error(plan)
             yield plan, tiles
 
     def _ahead(self, plans: Iterable[StepPlan]) -> Iterator[tuple[StepPlan, StepTiles | Exception]]:
@@ -168,9 +193,8 @@ class StepLoader:
         thread.start()
         try:
             while True:
-                start = time.perf_counter()
-                item = ready.get()
-                self.wait_s += time.perf_counter() - start
+                with self._waited.running():
+                    item = ready.get()
                 if item is None:
                     return
                 yield item

@@ -28,6 +28,10 @@ SAME_SUMS: dict[str, dict[str, Any]] = {
     "timeout": {"timeout_s": 50},
     "budget": {"memory_budget": 1e9},
     "tiles decoded again": {"tile_cache": 0, "memory": "replay"},
+    "no threads that decode": {"decode_workers": 0},
+    "several threads that decode": {"decode_workers": 3},
+    "chunks decoded by several threads": {"decode_workers": 3, "tile_cache": 0},
+    "another decoder": {"decoder": "pillow"},
 }
 OTHER_SUMS: dict[str, dict[str, Any]] = {
     "chunk 5": {"chunk": 5},
@@ -75,9 +79,15 @@ def _losses(
 
 @pytest.mark.timeout(600)  # three worlds, up to eleven short trainings in each
 def test_losses_do_not_depend_on_how_a_run_is_executed(tmp_path: Path) -> None:
-    one = _losses(tmp_path, 1, {"base": {}, **SAME_SUMS, **OTHER_SUMS})
-    for name in SAME_SUMS:
+    cache = tmp_path / "cache"
+    same = SAME_SUMS | {
+        "shard cache": {"shard_cache": cache},
+        "full shard cache": {"shard_cache": cache, "shard_cache_gb": 1e-5},
+    }
+    one = _losses(tmp_path, 1, {"base": {}, **same, **OTHER_SUMS})
+    for name in same:
         assert one[name] == one["base"], name
+    assert len(list(cache.glob("*.tar"))) > 0
     worlds = {(1, name): one[name] for name in ("base", *OTHER_SUMS)}
     two = _losses(
         tmp_path,

@@ -2,11 +2,12 @@
 
 import threading
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from gigamil.data.images import ChunkFeed, HeldImages, StoredImages, _copy_stream
+from gigamil.data.images import ChunkFeed, HeldImages, RowMemory, StoredImages, _copy_stream
 from gigamil.errors import ShardError
 
 SIDE = 4
@@ -42,7 +43,7 @@ def test_stored_images_are_the_held_ones_for_every_range() -> None:
     whole = torch.cat([pixels(*span) for span in SPANS])
     held, source = HeldImages(whole), Source()
     images = stored(source)
-    assert (held.side, images.side, held.held, images.held) == (SIDE, SIDE, True, False)
+    assert (held.shape, images.shape, held.held, images.held) == ((SIDE, SIDE, 3), (SIDE, SIDE, 3), True, False)
     for start in range(9):
         for stop in range(start, 9):
             assert torch.equal(images.read(start, stop), held.read(start, stop))
@@ -129,3 +130,33 @@ def test_all_feeds_of_a_device_copy_on_one_stream(monkeypatch: pytest.MonkeyPatc
             assert c._stream.device == second
     finally:
         _copy_stream.cache_clear()
+
+
+def test_memory_is_used_again_once_no_tensor_holds_it() -> None:
+    memory, shape, kind = RowMemory(), (6, SIDE, SIDE, 3), np.dtype(np.uint8)
+    tensor = torch.from_numpy(memory.take(shape, kind))
+    place, part = tensor.data_ptr(), tensor[2:4]
+    others = [torch.from_numpy(memory.take(shape, kind)) for _ in range(3)]
+    del tensor
+    assert part.data_ptr() > place  # a part holds all of it
+    others.append(torch.from_numpy(memory.take(shape, kind)))
+    assert place not in [other.data_ptr() for other in others]
+    array = part.numpy()
+    del part
+    assert torch.from_numpy(memory.take(shape, kind)).data_ptr() != place  # and so does an array of a part
+    del array
+    smaller = torch.from_numpy(memory.take((4, SIDE, SIDE, 3), kind))
+    assert smaller.data_ptr() == place
+    assert smaller.shape == (4, SIDE, SIDE, 3)
+
+
+def test_memory_that_is_too_small_or_far_too_large_is_let_go() -> None:
+    memory = RowMemory()
+    for rows in (10, 11, 5, 4):
+        taken = memory.take((rows, 8), np.dtype(np.float32))
+        assert (taken.shape, taken.dtype) == ((rows, 8), np.float32)
+        size = taken.base.nbytes
+        assert rows * 32 <= size <= 2 * rows * 32
+        del taken
+    assert len(memory._free) == 1
+    assert memory.take((0, 8), np.dtype(np.float32)).shape == (0, 8)

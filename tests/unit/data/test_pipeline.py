@@ -1,15 +1,21 @@
 """What a rank reads is a function of the plan: prefetching and the number of ranks change neither content nor order."""
 
+import itertools
 import threading
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 import torch
 
 from gigamil import keyed
 from gigamil.data.decode import decode_tiles
+from gigamil.data.images import ChunkFeed
 from gigamil.data.pipeline import DrawKeys, StepLoader, StepTiles
+from gigamil.data.source import ShardSource
 from gigamil.errors import ShardError
 from gigamil.parallel.topology import Topology
 from gigamil.partition.schedule import StepPlan, plan_steps
@@ -34,8 +40,8 @@ def make_plans(num_groups: int = 1, group_size: int = 1) -> list[StepPlan]:
     return plan_steps(ORDER, list(SIZES.values()), 2, num_groups, group_size)
 
 
-def read(root: Path, topology: Topology, prefetch: int) -> list[tuple[StepPlan, StepTiles]]:
-    loader = StepLoader(ShardSet(root), IDS, TILE_PX, topology, prefetch)
+def read(root: Path, topology: Topology, prefetch: int, workers: int = 1) -> list[tuple[StepPlan, StepTiles]]:
+    loader = StepLoader(ShardSet(root), IDS, TILE_PX, topology, prefetch, decode_workers=workers)
     plans = make_plans(topology.num_groups, topology.group_size)
     found = list(loader.iterate(plans))
     assert [plan for plan, _ in found] == plans
@@ -71,11 +77,11 @@ def test_one_rank_reads_what_was_stored(root: Path) -> None:
         assert tiles.num_tiles == sum(plan.sizes)
 
 
-@pytest.mark.parametrize("prefetch", [2, 5])
-@pytest.mark.parametrize(("world", "rank"), [(1, 0), (3, 1)])
-def test_prefetching_changes_nothing(root: Path, prefetch: int, world: int, rank: int) -> None:
+@pytest.mark.parametrize(("prefetch", "workers"), [(2, 1), (5, 1), (2, 0), (0, 2), (2, 2), (2, 8), (0, 8)])
+@pytest.mark.parametrize(("world", "rank"), [(1, 0), (3, 1), (4, 3)])
+def test_threads_change_nothing(root: Path, prefetch: int, workers: int, world: int, rank: int) -> None:
     topology = Topology(world, rank, group_size=world)
-    for (_, a), (_, b) in zip(read(root, topology, 0), read(root, topology, prefetch), strict=True):
+    for (_, a), (_, b) in zip(read(root, topology, 0, 0), read(root, topology, prefetch, workers), strict=True):
         assert torch.equal(a.images.read(0, a.num_tiles), b.images.read(0, b.num_tiles))
         for name in ("slide_index_n", "number_n", "position_n2"):
             assert torch.equal(getattr(a, name), getattr(b, name))
@@ -108,8 +114,110 @@ def test_an_error_is_delivered_in_its_place_and_the_rest_goes_on(root: Path, pre
     assert isinstance(good, StepTiles)
     assert isinstance(last, StepTiles)
     assert isinstance(bad, ShardError)
-    assert "slide 'c', tiles 0..8: the JPEG at position 0 of 9" in str(bad)
+    assert "slide 'c', tile 0: the JPEG (10 bytes) cannot be decoded: it is not a JPEG" in str(bad)
     assert "gigamil tile" in str(bad)
+
+
+class Slow(ShardSource):
+    """Remembers what was asked for and by which threads, and takes its time for some tiles."""
+
+    def __init__(self, root: Path, seconds: float = 0.0, bad: Sequence[int] = ()) -> None:
+        super().__init__(ShardSet(root), TILE_PX)
+        self.block = 2
+        self.asked: list[tuple[str, int, int]] = []
+        self.threads: set[str] = set()
+        self.at_once = self.most_at_once = 0
+        self._seconds, self._bad = seconds, bad
+        self._lock = threading.Lock()
+
+    def read_tiles(self, slide_id: str, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
+        with self._lock:
+            self.asked.append((slide_id, start, stop))
+            self.threads.add(threading.current_thread().name)
+            self.at_once += 1
+            self.most_at_once = max(self.most_at_once, self.at_once)
+        try:
+            time.sleep(self._seconds)
+            for number in range(start, stop):
+                if number in self._bad:
+                    time.sleep(0.05 * (len(SIZES) - number))  # the first bad tile is noticed last
+                    raise ShardError(f"tile {number} is bad")
+            return super().read_tiles(slide_id, start, stop, out)
+        finally:
+            with self._lock:
+                self.at_once -= 1
+
+
+@pytest.mark.parametrize(("workers", "at_once"), [(0, 1), (1, 1), (3, 3)])
+def test_blocks_are_shared_out_over_so_many_threads(root: Path, workers: int, at_once: int) -> None:
+    source = Slow(root, seconds=0.02)
+    loader = StepLoader(source, IDS, TILE_PX, Topology(), 1, decode_workers=workers)
+    list(loader.iterate(make_plans()))
+    assert source.most_at_once == at_once
+    assert all(stop - start <= 2 for _, start, stop in source.asked)
+    assert sum(stop - start for _, start, stop in source.asked) == sum(SIZES.values())
+    assert ("MainThread" in source.threads) == (workers == 0)
+    assert len(source.threads - {"gigamil-prefetch"}) <= max(1, workers)  # which reads a step of one block itself
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2, 8])
+def test_of_several_errors_the_first_in_order_is_raised(root: Path, workers: int) -> None:
+    loader = StepLoader(Slow(root, bad=(1, 2, 4)), ["c"], TILE_PX, Topology(), 0, decode_workers=workers)
+    plan = plan_steps([0], [SIZES["c"]], 1, 1, 1)[0]
+    with pytest.raises(ShardError, match="tile 1 is bad"):
+        loader.load(plan)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_steps_that_are_kept_stay_what_they_are(root: Path, workers: int) -> None:
+    """Memory of steps that are gone is used again; here some are kept, and each second one goes."""
+    plans = make_plans() * 6
+    loader = StepLoader(ShardSet(root), IDS, TILE_PX, Topology(), 2, decode_workers=workers)
+    kept = [(plan, tiles) for number, (plan, tiles) in enumerate(loader.iterate(plans)) if number % 2]
+    expected = {plan.slides: named(plan, tiles, 0) for plan, tiles in read(root, Topology(), 0)}
+    for plan, tiles in kept:
+        assert isinstance(tiles, StepTiles)
+        assert named(plan, tiles, 0) == expected[plan.slides]
+
+
+def test_a_failed_step_is_left_by_all_threads_before_the_next(root: Path) -> None:
+    source = Slow(root, bad=(0,), seconds=0.02)
+    loader = StepLoader(source, ["c"], TILE_PX, Topology(), 0, decode_workers=3)
+    with pytest.raises(ShardError, match="tile 0 is bad"):
+        loader.load(plan_steps([0], [SIZES["c"]], 1, 1, 1)[0])
+    assert source.at_once == 0
+
+
+def test_a_chunk_of_tiles_that_are_not_held_is_shared_out_evenly(root: Path) -> None:
+    source = Slow(root)
+    loader = StepLoader(source, ["c"], TILE_PX, Topology(), 0, hold_bytes=0, decode_workers=4)
+    tiles = loader.load(plan_steps([0], [SIZES["c"]], 1, 1, 1)[0])
+    assert source.asked == []
+    tiles.images.read(1, 5)
+    assert sorted(source.asked) == [("c", 1, 2), ("c", 2, 3), ("c", 3, 4), ("c", 4, 5)]
+
+
+def test_continuing_in_the_middle_reads_nothing_of_what_was_before(root: Path) -> None:
+    plans, whole, rest = make_plans(), Slow(root), Slow(root)
+    loader = StepLoader(whole, IDS, TILE_PX, Topology(), 2, decode_workers=2)
+    expected = [tiles for _, tiles in loader.iterate(plans)][2:]
+    found = [tiles for _, tiles in StepLoader(rest, IDS, TILE_PX, Topology(), 2).iterate(plans[2:])]
+    assert {slide_id for slide_id, _, _ in rest.asked} == {IDS[slide] for plan in plans[2:] for slide in plan.slides}
+    for a, b in zip(expected, found, strict=True):
+        assert torch.equal(a.images.read(0, a.num_tiles), b.images.read(0, b.num_tiles))
+
+
+def test_remote_shards_are_loaded_as_local_ones_are(root: Path) -> None:
+    files = fsspec.filesystem("memory")
+    for path in root.rglob("*.*"):
+        if path.is_file():
+            files.pipe(f"/loader/{path.relative_to(root)}", path.read_bytes())
+    there = StepLoader(ShardSet("memory://loader"), IDS, TILE_PX, Topology(), 2, decode_workers=2)
+    for (_, a), (_, b) in zip(read(root, Topology(), 0), there.iterate(make_plans()), strict=True):
+        assert isinstance(b, StepTiles)
+        assert torch.equal(a.images.read(0, a.num_tiles), b.images.read(0, b.num_tiles))
+        assert torch.equal(a.position_n2, b.position_n2)
+    files.rm("/loader", recursive=True)
 
 
 def test_an_error_of_any_kind_is_delivered(root: Path) -> None:
@@ -181,16 +289,36 @@ def test_tiles_that_are_not_held_are_read_when_asked_for_and_their_errors_come_t
     tiles = StepLoader(Damaged(root), IDS, TILE_PX, Topology(), 0, hold_bytes=0).load(plan)
     assert asked == []
     assert tiles.images.read(0, 2).shape == (2, TILE_PX, TILE_PX, 3)
-    with pytest.raises(ShardError, match=r"slide 'c', tiles 0..2: the JPEG at position 0 of 3"):
+    with pytest.raises(ShardError, match=r"slide 'c', tile 0: the JPEG"):
         tiles.images.read(1, 5)
     assert asked == [("e", 0, 2), ("e", 1, 2), ("c", 0, 3)]
 
 
-def test_the_time_spent_waiting_is_counted(root: Path) -> None:
-    loader = StepLoader(ShardSet(root), IDS, TILE_PX, Topology(), 0)
-    assert loader.wait_s == 0
-    list(loader.iterate(make_plans()))
-    assert 0 < loader.wait_s < 60
+@pytest.mark.parametrize("hold_bytes", [None, 0])
+@pytest.mark.parametrize(("prefetch", "workers"), [(0, 0), (2, 1), (2, 3)])
+def test_a_slow_source_is_waited_for_and_a_fast_one_is_not(
+    root: Path, prefetch: int, workers: int, hold_bytes: int | None
+) -> None:
+    """Also where tiles are not held, and the step waits for its chunks."""
+
+    def share_waited(source_s: float, step_s: float) -> float:
+        loader = StepLoader(
+            Slow(root, seconds=source_s), IDS, TILE_PX, Topology(), prefetch, hold_bytes, decode_workers=workers
+        )
+        assert loader.wait_s == 0
+        start = time.perf_counter()
+        for _, tiles in loader.iterate(make_plans() * 2):
+            assert isinstance(tiles, StepTiles)
+            with ChunkFeed(tiles.images, torch.device("cpu"), 0) as feed:
+                chunks = [(first, min(first + 4, tiles.num_tiles)) for first in range(0, tiles.num_tiles, 4)]
+                for rows, upcoming in itertools.zip_longest(chunks, chunks[1:]):
+                    feed.get(*rows, upcoming)
+                    time.sleep(step_s / len(chunks))
+        return loader.wait_s / (time.perf_counter() - start)
+
+    assert share_waited(0.03, 0.0) > 0.8
+    if workers:
+        assert share_waited(0.0, 0.1) < 0.3
 
 
 def test_keys_depend_on_names_not_on_places() -> None:

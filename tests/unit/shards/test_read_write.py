@@ -1,19 +1,26 @@
 """Tiles survive the round trip, a span reads its bytes only, and every kind of damage is named."""
 
+import bz2
 import contextlib
+import gc
+import gzip
 import json
 import os
 import pickle
 import tarfile
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
-from webdataset.tariterators import group_by_keys, tar_file_expander
+import webdataset
+from webdataset.tariterators import group_by_keys, tar_file_expander, tar_file_iterator
 
 from gigamil.errors import ShardError
-from gigamil.shards.format import MANIFEST, REMOVED, STAGING, slide_folder
-from gigamil.shards.read import ShardSet
+from gigamil.shards.format import INDEX, MANIFEST, REMOVED, STAGING, slide_folder
+from gigamil.shards.index import SlideIndex, write_index
+from gigamil.shards.manifest import digest_file
+from gigamil.shards.read import ShardSet, _checked_index, _usual_header
 from gigamil.shards.write import clear_leftovers, staged_slide
 from gigamil.testing.shards import make_shards, noise_jpegs
 
@@ -51,9 +58,9 @@ def test_a_span_reads_its_own_bytes_only(shards: ShardSet, monkeypatch: pytest.M
         reads.append((offset, length))
         return real(handle, length, offset)
 
+    index = shards.index(DOTTED)
     monkeypatch.setattr(os, "pread", watched)
     shards.read_span(DOTTED, 2, 6)
-    index = shards.index(DOTTED)
     assert [offset for offset, _ in reads] == [index.offset[2] - 512, index.offset[4] - 512]
     assert sum(length for _, length in reads) <= sum(index.length[2:6]) + 4 * 1024
 
@@ -69,11 +76,29 @@ def test_webdataset_sees_one_sample_per_tile_of_a_dotted_id(shards: ShardSet) ->
     assert [sample["jpg"] for sample in samples] == JPEGS
 
 
+def test_webdataset_reads_the_tars_by_its_own_means(shards: ShardSet) -> None:
+    urls = [str(tar_path(shards, number)) for number in range(3)]
+    with warnings.catch_warnings():  # it leaves files and tars to the garbage collector
+        warnings.simplefilter("ignore", ResourceWarning)
+        samples = list(webdataset.WebDataset(urls, shardshuffle=False).to_tuple("__key__", "jpg"))
+        decoded = list(webdataset.WebDataset(urls, shardshuffle=False).decode("rgb8").to_tuple("jpg"))
+        gc.collect()
+    assert samples == [(f"{DOTTED}/{n:06d}", jpeg) for n, jpeg in enumerate(JPEGS)]
+    assert np.stack([image for (image,) in decoded]).shape == (10, 16, 16, 3)
+
+
+def test_a_span_is_what_webdataset_finds_in_these_bytes(shards: ShardSet) -> None:
+    """The reader compares headers with the index and slices; the iterator of webdataset parses the same bytes."""
+    for number, (start, stop) in enumerate([(0, 4), (4, 8), (8, 10)]):
+        with tar_path(shards, number).open("rb") as tar:
+            assert [tile["data"] for tile in tar_file_iterator(tar)] == shards.read_span(DOTTED, start, stop)
+
+
 def test_same_tiles_give_same_bytes(tmp_path: Path) -> None:
     for root in ("a", "b"):
         make_shards(tmp_path / root, "s", JPEGS, tile_px=16, tiles_per_tar=4)
     files = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*") if path.is_file())
-    assert len(files) == 7
+    assert len(files) == 9
     for file in files:
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
 
@@ -141,6 +166,100 @@ def test_damaged_tar_header(shards: ShardSet, tile: int) -> None:
         shards.read_span(DOTTED, 0, 4)
 
 
+def test_the_header_that_is_expected_is_the_one_that_is_written(shards: ShardSet) -> None:
+    """Others are understood too, by a slower way: tars of webdataset's own writer name another owner and time."""
+    data = tar_path(shards).read_bytes()
+    assert data[:512] == _usual_header(f"{DOTTED}/000000.jpg".encode(), len(JPEGS[0]))
+    assert other_member(mtime=1_700_000_000, uname="bigdata") != _usual_header(
+        f"{DOTTED}/000001.jpg".encode(), len(JPEGS[1])
+    )
+    damage(
+        tar_path(shards), int(shards.index(DOTTED).offset[1]) - 512, other_member(mtime=1_700_000_000, uname="bigdata")
+    )
+    assert shards.read_span(DOTTED, 0, 10) == JPEGS
+
+
+def other_member(**fields: object) -> bytes:
+    """The header of tile 1, but for some fields."""
+    member = tarfile.TarInfo(f"{DOTTED}/000001.jpg")
+    member.size = len(JPEGS[1])
+    for name, value in fields.items():
+        setattr(member, name, value)
+    return member.tobuf(tarfile.GNU_FORMAT if fields.get("type") == tarfile.GNUTYPE_SPARSE else tarfile.USTAR_FORMAT)[
+        :512
+    ]
+
+
+PAX = tarfile.TarInfo(f"{DOTTED}/000001.jpg")
+PAX.pax_headers = {"path": "/etc/passwd"}
+HOSTILE = {
+    "climbs": (other_member(name="../../etc/cron.d/x"), r"holds '\.\./\.\./etc/cron\.d/x' where the index has"),
+    "climbs in the middle": (other_member(name=f"{DOTTED}/../../b.jpg"), r"where the index has"),
+    "absolute": (other_member(name="/etc/passwd"), "holds '/etc/passwd' where the index has"),
+    "escape codes": (other_member(name="\x1b[2J\n\x07"), r"holds '\\x1b\[2J\\n\\x07' where"),
+    "no utf-8": (other_member(name="a").replace(b"a", b"\xff", 1), "damaged"),
+    "duplicate": (other_member(name=f"{DOTTED}/000000.jpg"), "000000.jpg' where the index has"),
+    "prefix": (other_member(name="x" * 90 + "/" + "y" * 90), "holds 'xxx"),
+    "hard link": (other_member(type=tarfile.LNKTYPE, linkname="/etc/passwd"), "tile 1 is a hard link"),
+    "symbolic link": (other_member(type=tarfile.SYMTYPE, linkname="/etc/passwd"), "tile 1 is a symbolic link"),
+    "character device": (other_member(type=tarfile.CHRTYPE), "tile 1 is a device"),
+    "block device": (other_member(type=tarfile.BLKTYPE), "tile 1 is a device"),
+    "folder": (other_member(type=tarfile.DIRTYPE), "tile 1 is a folder"),
+    "fifo": (other_member(type=tarfile.FIFOTYPE), "tile 1 is a fifo"),
+    "sparse": (other_member(type=tarfile.GNUTYPE_SPARSE), "damaged, or no USTAR header"),
+    "PAX override": (PAX.tobuf(tarfile.PAX_FORMAT)[:512], "tile 1 is a PAX header"),
+    "PAX for all": (other_member(type=tarfile.XGLTYPE), "tile 1 is a PAX header"),
+    "GNU name": (other_member(type=tarfile.GNUTYPE_LONGNAME), "tile 1 is a GNU long name"),
+    "unknown": (other_member(type=b"Z"), "tile 1 is a member of kind b'Z'"),
+    "other size": (other_member(size=7), "has 7 bytes, expected"),
+    "huge": (other_member(size=8**11 - 1), "has 8589934591 bytes, expected"),
+    "gzip": (gzip.compress(bytes(10**6)).ljust(512, b"\0")[:512], "damaged, or no USTAR header"),
+    "bzip2": (bz2.compress(bytes(10**6)).ljust(512, b"\0")[:512], "damaged, or no USTAR header"),
+    "end of the archive": (bytes(512), "damaged, or no USTAR header"),
+}
+
+
+@pytest.mark.parametrize("kind", list(HOSTILE))
+def test_members_other_than_the_tiles_are_refused(shards: ShardSet, tmp_path: Path, kind: str) -> None:
+    header, words = HOSTILE[kind]
+    damage(tar_path(shards), int(shards.index(DOTTED).offset[1]) - 512, header)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ShardError, match=rf"slide '{DOTTED}', 'tiles-00000\.tar': .*{words}") as caught:
+        shards.read_span(DOTTED, 0, 4)
+    assert str(caught.value).isprintable()
+    assert sorted(tmp_path.rglob("*")) == before
+    assert shards.read_span(DOTTED, 2, 4) == JPEGS[2:4]
+
+
+def test_a_nul_in_a_name_ends_it_for_no_one(shards: ShardSet) -> None:
+    """tarfile stops at the first NUL: two readers would see two names."""
+    name = f"{DOTTED}/000001.jpg".encode()
+    header = bytearray(other_member())
+    header[len(name) : len(name) + 4] = b"\0../"
+    header[148:156] = b"%06o\0 " % (sum(header) - sum(header[148:156]) + 256)
+    damage(tar_path(shards), int(shards.index(DOTTED).offset[1]) - 512, bytes(header))
+    with pytest.raises(ShardError, match="where the index has"):
+        shards.read_span(DOTTED, 0, 2)
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [("offset", -5), ("offset", 0), ("offset", 10**15), ("length", -1), ("length", 10**15), ("tar", 9), ("tar", -1)],
+)
+def test_an_index_that_points_elsewhere_is_refused_and_costs_nothing(shards: ShardSet, column: str, value: int) -> None:
+    """Its digest fits: it was written so."""
+    folder, index = shards.folder(DOTTED), shards.index(DOTTED)
+    columns = {name: getattr(index, name).copy() for name in index.__dataclass_fields__}
+    columns[column][2] = value
+    write_index(folder / INDEX, SlideIndex(**columns))
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["index"] = digest_file(folder / INDEX).model_dump()
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    for start, stop in [(2, 3), (1, 4), (0, 10)]:
+        with pytest.raises(ShardError, match=rf"slide '{DOTTED}', '(tiles-00000\.tar|index\.parquet)'"):
+            ShardSet(shards.root).read_span(DOTTED, start, stop)
+
+
 def test_truncated_tar(shards: ShardSet) -> None:
     path = tar_path(shards)
     os.truncate(path, int(shards.index(DOTTED).offset[3]) + 5)
@@ -168,6 +287,7 @@ def test_wrong_digest_of_index_and_tar(shards: ShardSet) -> None:
     with pytest.raises(ShardError, match=r"tiles-00002.tar': is not what was written: \d+ bytes with sha256"):
         shards.verify(DOTTED)
     damage(shards.folder(DOTTED) / "index.parquet", 30, b"xxx")
+    _checked_index.cache_clear()
     with pytest.raises(ShardError, match=r"index.parquet': is not what was written"):
         ShardSet(shards.root).index(DOTTED)
 
@@ -176,8 +296,8 @@ def test_damaged_manifest(shards: ShardSet) -> None:
     path = shards.folder(DOTTED) / "manifest.json"
     text = path.read_text()
     for broken, words in [
-        (text[:100], "not a manifest of format version 1"),
-        (text.replace('"format_version": 1', '"format_version": 2'), "format_version"),
+        (text[:100], "not a manifest of format version 2"),
+        (text.replace('"format_version": 2', '"format_version": 3'), "format_version"),
         (text.replace('"num_tiles": 10,', ""), "num_tiles"),
         (text.replace(f'"slide_id": "{DOTTED}"', '"slide_id": "other"'), "manifest of slide 'other'"),
     ]:

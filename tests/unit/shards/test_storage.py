@@ -1,0 +1,275 @@
+"""A folder, a memory file system and a web server give the same tiles, in one request per span and tar; no URL runs
+a command or is expanded, and no name leads out of the root."""
+
+import os
+import pickle
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Self
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from gigamil.config.load import load_config
+from gigamil.config.schema import RunConfig
+from gigamil.errors import ConfigError, EnvironmentFault, ShardError
+from gigamil.shards import storage
+from gigamil.shards.read import ShardSet
+from gigamil.shards.storage import SCHEMES, LocalStorage, RemoteStorage, open_storage
+from gigamil.testing.shards import make_shards, noise_jpegs
+
+JPEGS = noise_jpegs(10, 16)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    make_shards(tmp_path / "shards", "a.b", JPEGS, tile_px=16, tiles_per_tar=4)
+    make_shards(tmp_path / "shards", "c", JPEGS[:3], tile_px=16)
+    make_shards(tmp_path / "shards", "none", [], tile_px=16)
+    return tmp_path / "shards"
+
+
+class Server(ThreadingHTTPServer):
+    """Serves a folder with ranges, lists nothing, and keeps the requests."""
+
+    daemon_threads = True
+
+    def __init__(self, root: Path, knows_ranges: bool = True, failures: int = 0) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.root, self.knows_ranges, self.failures = root, knows_ranges, failures
+        self.requests: list[tuple[str, str | None]] = []
+        self.url = f"http://127.0.0.1:{self.server_port}/data"
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()
+        self.server_close()
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_GET(self) -> None:
+        span = self.headers.get("Range")
+        self.server.requests.append((self.path.rpartition("/")[2], span))
+        path = self.server.root / self.path.removeprefix("/data/")
+        if self.server.failures:
+            self.server.failures -= 1
+            return self.send_error(503)
+        if not path.is_file():
+            return self.send_error(404)
+        data = path.read_bytes()
+        if span and self.server.knows_ranges:
+            begin, end = map(int, span.removeprefix("bytes=").split("-"))
+            data = data[begin : end + 1]
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {begin}-{begin + len(data) - 1}/{path.stat().st_size}")
+        else:
+            self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server(root: Path) -> Iterator[Server]:
+    with Server(root) as server:
+        yield server
+
+
+@pytest.fixture
+def memory(root: Path) -> Iterator[str]:
+    files = fsspec.filesystem("memory")
+    for path in root.rglob("*"):
+        if path.is_file():
+            files.pipe(f"/cohort/{path.relative_to(root)}", path.read_bytes())
+    yield "memory://cohort"
+    files.rm("/cohort", recursive=True)
+
+
+@pytest.fixture(params=["memory", "http"])
+def url(request: pytest.FixtureRequest) -> str:
+    return request.getfixturevalue("memory") if request.param == "memory" else request.getfixturevalue("server").url
+
+
+def test_remote_shards_are_the_local_ones(url: str, root: Path) -> None:
+    there, here = ShardSet(url), ShardSet(root)
+    assert (there.is_remote, here.is_remote) == (True, False)
+    assert there.manifest("a.b") == here.manifest("a.b")
+    for start in range(11):
+        for stop in range(start, 11):
+            assert there.read_span("a.b", start, stop) == JPEGS[start:stop]
+    assert (there.positions_um("c") == here.positions_um("c")).all()
+    assert (there.mask("c") == here.mask("c")).all()
+    there.verify("a.b")
+    there.check_tiles(["a.b", "c"], 16, 0.5)
+    copy = pickle.loads(pickle.dumps(there))  # noqa: S301 (our own bytes)
+    assert copy.read_span("c", 1, 3) == JPEGS[1:3]
+
+
+def test_one_ranged_request_per_span_and_tar(server: Server) -> None:
+    shards = ShardSet(server.url)
+    index = shards.index("a.b")
+    assert server.requests == [("manifest.json", None), ("index.parquet", None)]
+    server.requests.clear()
+    shards.read_span("a.b", 2, 6)
+    ends = index.offset + index.length - 1
+    assert server.requests == [
+        ("tiles-00000.tar", f"bytes={index.offset[2] - 512}-{ends[3]}"),
+        ("tiles-00001.tar", f"bytes={index.offset[4] - 512}-{ends[5]}"),
+    ]
+
+
+def test_slides_are_those_of_the_cohort_table_where_a_server_lists_nothing(server: Server, root: Path) -> None:
+    table = {"slide_id": ["c", "a.b", "none", "failed"], "tiles": [3, 10, 0, None]}
+    pq.write_table(pa.table(table), root / "cohort.parquet")
+    assert ShardSet(server.url).slide_ids == ("a.b", "c")
+
+
+def test_slides_are_listed_where_there_is_no_table(memory: str) -> None:
+    assert ShardSet(memory).slide_ids == ("a.b", "c")
+
+
+@pytest.mark.parametrize("slide_id", ["../c", "a/b", "", "a\nb"])
+def test_a_table_cannot_lead_elsewhere(server: Server, root: Path, slide_id: str) -> None:
+    pq.write_table(pa.table({"slide_id": [slide_id], "tiles": [1]}), root / "cohort.parquet")
+    with pytest.raises(ShardError, match=r"cohort\.parquet' names slides that no slide can be called"):
+        ShardSet(server.url).slide_ids  # noqa: B018 (reads the table)
+
+
+def test_damage_on_a_server_is_named(server: Server, root: Path) -> None:
+    tar = root / "slides" / "a.b" / "tiles-00001.tar"
+    os.truncate(tar, 700)
+    with pytest.raises(
+        ShardError, match=rf"slide 'a\.b', 'tiles-00001\.tar': is cut short.*Copy '{server.url}/slides/a\.b'"
+    ):
+        ShardSet(server.url).read_span("a.b", 0, 10)
+    tar.unlink()
+    with pytest.raises(ShardError, match=r"'tiles-00001\.tar': cannot be read"):
+        ShardSet(server.url).read_span("a.b", 0, 10)
+    with pytest.raises(ShardError, match="slide 'other' has no shards: 'http.*other/manifest.json' is missing"):
+        ShardSet(server.url).manifest("other")
+    with pytest.raises(ShardError, match="which is no folder of this machine"):
+        ShardSet(server.url).folder("c")
+
+
+def test_a_server_without_ranges_is_refused(root: Path) -> None:
+    with Server(root, knows_ranges=False) as server, pytest.raises(ShardError, match="does not know range requests"):
+        ShardSet(server.url).read_span("a.b", 1, 2)
+
+
+@pytest.mark.parametrize(("failures", "is_read"), [(2, True), (3, False)])
+def test_a_busy_server_is_asked_three_times(
+    root: Path, failures: int, is_read: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "_RETRY_S", 0.0)
+    with Server(root, failures=failures) as server:
+        if is_read:
+            assert ShardSet(server.url).manifest("c").num_tiles == 3
+        else:
+            with pytest.raises(ShardError, match="'manifest.json': cannot be read: .*503"):
+                ShardSet(server.url).manifest("c")
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("pipe:cat /etc/passwd", "is neither a local folder nor a URL"),
+        ("pipe://cat /etc/passwd", "is neither a local folder nor a URL"),
+        ("file:///etc", "is neither a local folder nor a URL"),
+        ("simplecache::s3://bucket", "is neither a local folder nor a URL"),
+        ("S3://bucket", "is neither a local folder nor a URL"),
+        ("ssh://host/folder", "is neither a local folder nor a URL"),
+        ("s3://bucket/{0..9999999999}", "is not a plain URL"),
+        ("s3://bucket/$HOME", "is not a plain URL"),
+        ("s3://bucket/*", "is not a plain URL"),
+        ("s3://bucket/a b", "is not a plain URL"),
+        ("s3://bucket/\x1b[31m", "is not a plain URL"),
+        ("s3://bucket::file:///etc", "is not a plain URL"),
+        ("https://", "is not a plain URL"),
+        ("s3://" + "a" * 3000, "is not a plain URL"),
+    ],
+)
+def test_urls_that_would_do_more_than_name_a_folder(url: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words) as caught:
+        ShardSet(url)
+    assert "\x1b" not in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
+def test_a_configuration_may_name_a_url(memory: str, tmp_path: Path) -> None:
+    config = load_config(None, [f"--bookkeeping.shards={memory}"])
+    assert config.bookkeeping.shard_root == memory
+    assert RunConfig.model_validate_json(config.model_dump_json()) == config
+    assert ShardSet(config.bookkeeping.shard_root).slide_ids == ("a.b", "c")
+    assert load_config(None, ["--bookkeeping.shards=a/b"]).bookkeeping.shard_root == Path.cwd() / "a" / "b"
+
+
+def test_a_path_is_never_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_shards(tmp_path / "{0..9}$HOME", "s", JPEGS[:1], tile_px=16)
+    assert ShardSet("{0..9}$HOME").read_span("s", 0, 1) == JPEGS[:1]
+    assert isinstance(open_storage("a/b"), LocalStorage)
+
+
+def test_a_scheme_whose_package_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: object, **__: object) -> None:
+        raise ImportError("Install s3fs to access S3")
+
+    monkeypatch.setattr(fsspec, "filesystem", missing)
+    for url, package in {"s3://b": "s3fs", "gcs://b": "gcsfs", "abfs://b": "adlfs", "https://b": "aiohttp"}.items():
+        assert url.partition(":")[0] in SCHEMES
+        with pytest.raises(EnvironmentFault, match=f"needs the package {package}: `pip install {package}`"):
+            RemoteStorage(url).read("x")
+
+
+class TestLinks:
+    """A link below the root may be changed between a check and its use, and lead anywhere."""
+
+    @pytest.fixture
+    def secret(self, tmp_path: Path) -> Path:
+        make_shards(tmp_path / "elsewhere", "c", JPEGS[:3], tile_px=16)
+        return tmp_path / "elsewhere" / "slides" / "c"
+
+    @pytest.mark.parametrize("name", ["manifest.json", "index.parquet", "tiles-00000.tar", "mask.png"])
+    def test_a_file_that_is_a_link(self, root: Path, secret: Path, name: str) -> None:
+        path = root / "slides" / "c" / name
+        path.unlink()
+        path.symlink_to(secret / name)
+        with pytest.raises(ShardError, match=rf"'{name}': cannot be read: '.*{name}' is a link, and links below"):
+            shards = ShardSet(root)
+            shards.read_span("c", 0, 3)
+            shards.mask("c")
+
+    def test_a_slide_that_is_a_link(self, root: Path, secret: Path) -> None:
+        (root / "slides" / "linked").symlink_to(secret)
+        shards = ShardSet(root)
+        assert "linked" not in shards.slide_ids
+        with pytest.raises(ShardError, match="slides/linked' is a link, and links below"):
+            shards.manifest("linked")
+
+    def test_a_root_that_is_a_link_is_followed(self, root: Path, tmp_path: Path) -> None:
+        (tmp_path / "short").symlink_to(root)
+        assert ShardSet(tmp_path / "short").read_span("c", 0, 3) == JPEGS[:3]
+
+    def test_a_fifo_is_not_waited_for(self, root: Path) -> None:
+        path = root / "slides" / "c" / "tiles-00000.tar"
+        path.unlink()
+        os.mkfifo(path)
+        with pytest.raises(ShardError, match="it is no regular file"):
+            ShardSet(root).read_span("c", 0, 1)
+
+    @pytest.mark.parametrize("slide_id", ["..", "../slides/c", "/etc", "c/../c", "a\0b"])
+    def test_an_id_that_climbs(self, root: Path, slide_id: str) -> None:
+        with pytest.raises(ShardError, match="is not a name below a folder"):
+            ShardSet(root).manifest(slide_id)
