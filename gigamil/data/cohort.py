@@ -1,26 +1,26 @@
 """The slide table: one CSV, one row per slide. Everything wrong with it is said at once, with line numbers."""
 
-import csv
 import hashlib
 import json
 import os
 import re
-import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from gigamil.config.schema import Cohort
+from gigamil.config.schema import Cohort, Columns
+from gigamil.data.scan import label_columns, slide_id_of
+from gigamil.data.table import Record, folded, path_problem, read_table, refusal, text_problems
 from gigamil.errors import CohortError
 from gigamil.slides.reader import MAX_MPP, MIN_MPP
 
 # An id is a folder name and a part of tar members, CSV cells, HTML and log lines: plain characters only.
 SLIDE_ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 SPLITS = ("train", "val", "test")
-_SPLIT_WORDS = {"training": "train", "valid": "val", "validation": "val", "testing": "test"} | {s: s for s in SPLITS}
-_MAX_LISTED = 100
+SPLIT_WORDS = {"training": "train", "valid": "val", "validation": "val", "testing": "test"} | {s: s for s in SPLITS}
+_WHAT = "slide table"
 
 
 @dataclass(frozen=True)
@@ -82,26 +82,63 @@ def load_cohort(cfg: Cohort, *, need_labels: bool = True, need_files: bool = Tru
         CohortError: the file is missing or empty, a column is missing, or rows are wrong: an id that is not plain or
             occurs twice (also up to case and Unicode form), a file under two ids, no patient, a label missing or
             unknown, an mpp that is no plausible number, a split that is unknown or given for some rows only, a path
-            that does not exist. All of them are in one message.
+            that does not exist or is no plain path, a cell that holds control characters, a formula, bytes that are not
+            UTF-8, or more than 4,096 characters. All of them are in one message, with nothing of the table shown raw.
     """
-    columns, records = _read_csv(cfg.table)
-    problems = _missing_columns(cfg, columns, need_labels)
-    if problems:
-        raise _refusal(cfg.table, problems)
-    rows = {line: _Cells(cfg, record).row() for line, record in records}
-    classes = cfg.classes or tuple(sorted({row.label for row in rows.values() if row.label}, key=_natural))
-    problems = [
-        *_row_problems(cfg, records),
-        *_duplicates(rows, "slide_id", lambda row: _folded(row.slide_id)),
-        *_duplicates(rows, "path", lambda row: os.path.normpath(row.path)),
-        *_split_problems(rows),
+    if not cfg.table.is_file():
+        raise CohortError(f"no slide table '{cfg.table}'. Set cohort.table, or write one with: gigamil init")
+    columns, records = read_table(cfg.table, _WHAT)
+    needed = [
+        "slide_id",
+        "path",
+        *([] if cfg.patient_is_slide else ["patient_id"]),
+        *(["label"] if need_labels else []),
     ]
+    problems = _missing_columns(cfg, columns, needed)
+    if problems:
+        raise refusal(_WHAT, cfg.table, problems)
+    rows = {line: _Cells(cfg, record).row() for line, record in records}
+    problems = [*_row_problems(cfg, records), *_path_problems(cfg, records, rows, need_files)]
+    return _checked(cfg, rows, problems, need_labels)
+
+
+def load_labels(
+    table: Path,
+    chosen: Mapping[str, str | None],
+    *,
+    patient_is_slide: bool = False,
+    classes: tuple[str, ...] | None = None,
+) -> CohortTable:
+    """Read and check a bare label table: slides, patients, labels and perhaps sites, without slide files.
+
+    Slides may be named with folder and suffix, as in `init`. Their paths are empty.
+
+    Args:
+        chosen: column of "slide_id", "patient_id" and "label"; None means one of the usual names.
+    Raises:
+        CohortError: as `load_cohort`, but for paths.
+    """
+    columns, records = read_table(table, _WHAT)
+    cfg = Cohort(
+        table=table,
+        columns=label_columns(table, columns, chosen, patient_is_slide),
+        patient_is_slide=patient_is_slide,
+        classes=classes,
+    )
+    for _, record in records:
+        record[cfg.columns.slide_id] = slide_id_of(record[cfg.columns.slide_id])
+    rows = {line: replace(_Cells(cfg, record).row(), path=Path()) for line, record in records}
+    return _checked(cfg, rows, list(_row_problems(cfg, records)), need_labels=True)
+
+
+def _checked(cfg: Cohort, rows: Mapping[int, SlideRow], problems: list[str], need_labels: bool) -> CohortTable:
+    """The table, or all its problems."""
+    classes = cfg.classes or tuple(sorted({row.label for row in rows.values() if row.label}, key=_natural))
+    problems += [*_duplicate_ids(rows), *_split_problems(rows)]
     if need_labels:
         problems += _label_problems(rows, classes)
-    if need_files:
-        problems += (f"line {n}: path '{row.path}' does not exist" for n, row in rows.items() if not row.path.exists())
     if problems:
-        raise _refusal(cfg.table, problems)
+        raise refusal(_WHAT, cfg.table, problems)
     return CohortTable(tuple(rows.values()), classes)
 
 
@@ -120,42 +157,16 @@ class _Cells:
         root = self.cfg.root if self.cfg.root is not None else self.cfg.table.parent
         return SlideRow(
             slide_id=self["slide_id"],
-            path=root / Path(self["path"]).expanduser(),
+            path=root / _expanded(self["path"]),
             patient_id=self["slide_id"] if self.cfg.patient_is_slide else self["patient_id"],
             label=self["label"] or None,
             mpp=_number(self["mpp"]),
             site=self["site"] or None,
-            split=_SPLIT_WORDS.get(self["split"].lower(), self["split"]) or None,
+            split=SPLIT_WORDS.get(self["split"].lower(), self["split"]) or None,
         )
 
 
-def _read_csv(table: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
-    """Column names, and rows with the line they stand on. Cells stay text: '001' is not 1 and 'NA' is not missing."""
-    try:
-        with table.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file)
-            columns = [name.strip() for name in next(reader, [])]
-            lines = [(reader.line_num, cells) for cells in reader if cells]
-    except FileNotFoundError:
-        raise CohortError(f"no slide table '{table}'. Set cohort.table, or write one with: gigamil init") from None
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise CohortError(f"slide table '{table}' cannot be read as UTF-8 CSV: {error}") from error
-    if not lines:
-        raise CohortError(f"slide table '{table}' has no rows below its header")
-    ragged = [
-        f"line {line} has {len(cells)} cells and the header {len(columns)}; put cells that hold a comma in quotes"
-        for line, cells in lines
-        if len(cells) != len(columns)
-    ]
-    if ragged:
-        raise _refusal(table, ragged)
-    return columns, [(line, dict(zip(columns, cells, strict=True))) for line, cells in lines]
-
-
-def _missing_columns(cfg: Cohort, columns: Iterable[str], need_labels: bool) -> list[str]:
-    needed = ["slide_id", "path"]
-    needed += [] if cfg.patient_is_slide else ["patient_id"]
-    needed += ["label"] if need_labels else []
+def _missing_columns(cfg: Cohort, columns: Iterable[str], needed: Iterable[str]) -> list[str]:
     problems = []
     for name in needed:
         column = getattr(cfg.columns, name)
@@ -167,18 +178,39 @@ def _missing_columns(cfg: Cohort, columns: Iterable[str], need_labels: bool) -> 
     return problems
 
 
-def _row_problems(cfg: Cohort, records: Iterable[tuple[int, Mapping[str, str]]]) -> Iterator[str]:
+def _row_problems(cfg: Cohort, records: Sequence[Record]) -> Iterator[str]:
+    known = {name: getattr(cfg.columns, name) for name in Columns.model_fields}
+    yield from text_problems(records, {name: column for name, column in known.items() if column in records[0][1]})
     for line, record in records:
         cells = _Cells(cfg, record)
         if not SLIDE_ID.fullmatch(cells["slide_id"]):
             allowed = "1 to 128 of A-Z a-z 0-9 . _ - and not begin with a dot"
             yield f"line {line}: slide_id {cells['slide_id']!r} must be {allowed}"
-        if not cells["path"]:
-            yield f"line {line}: path is empty"
         if not cfg.patient_is_slide and not cells["patient_id"]:
             yield f"line {line}: patient_id is empty, so leakage between splits could not be seen"
         if cells["mpp"]:
             yield from _mpp_problem(line, cells["mpp"])
+
+
+def _path_problems(cfg: Cohort, records: Iterable[Record], rows: Mapping[int, SlideRow], exist: bool) -> Iterator[str]:
+    first: dict[str | tuple[int, int], int] = {}
+    for line, record in records:
+        text = _Cells(cfg, record)["path"]
+        problem = path_problem(text)
+        if problem:
+            yield f"line {line}: path {text[:60]!r} {problem}"
+            continue
+        path = rows[line].path
+        before = first.setdefault(os.path.normpath(path), line)
+        if before == line and exist:
+            try:
+                found = path.stat()
+            except (OSError, ValueError):  # also a name that no file can have
+                yield f"line {line}: path '{path}' does not exist"
+                continue
+            before = first.setdefault((found.st_dev, found.st_ino), line)  # a link is the file that it leads to
+        if before != line:
+            yield f"line {line}: path '{path}' is that of line {before} ('{rows[before].path}')"
 
 
 def _mpp_problem(line: int, text: str) -> Iterator[str]:
@@ -190,13 +222,12 @@ def _mpp_problem(line: int, text: str) -> Iterator[str]:
         yield f"line {line}: mpp {text!r} cannot be true (plausible: {MIN_MPP:g} to {MAX_MPP:g} micron per pixel)"
 
 
-def _duplicates(rows: Mapping[int, SlideRow], name: str, key: Callable[[SlideRow], str]) -> Iterator[str]:
+def _duplicate_ids(rows: Mapping[int, SlideRow]) -> Iterator[str]:
     first: dict[str, int] = {}
     for line, row in rows.items():
-        before = first.setdefault(key(row), line)
+        before = first.setdefault(folded(row.slide_id), line)
         if before != line:
-            other = getattr(rows[before], name)
-            yield f"line {line}: {name} '{getattr(row, name)}' is that of line {before} ('{other}')"
+            yield f"line {line}: slide_id '{row.slide_id}' is that of line {before} ('{rows[before].slide_id}')"
 
 
 def _split_problems(rows: Mapping[int, SlideRow]) -> Iterator[str]:
@@ -222,11 +253,11 @@ def _label_problems(rows: Mapping[int, SlideRow], classes: tuple[str, ...]) -> I
             yield f"class '{name}' of cohort.classes has no slide"
 
 
-def _refusal(table: Path, problems: list[str]) -> CohortError:
-    listed = "\n".join(f"  - {problem}" for problem in problems[:_MAX_LISTED])
-    rest = len(problems) - _MAX_LISTED
-    more = f"\n  - and {rest} more" if rest > 0 else ""
-    return CohortError(f"slide table '{table}' has {len(problems)} problem(s):\n{listed}{more}")
+def _expanded(text: str) -> Path:
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:  # the home of somebody who is not known here: then it does not exist
+        return Path(text)
 
 
 def _number(text: str) -> float | None:
@@ -234,11 +265,6 @@ def _number(text: str) -> float | None:
         return float(text)
     except ValueError:
         return None
-
-
-def _folded(slide_id: str) -> str:
-    # Folders of ids that differ in case only are one folder on macOS and Windows.
-    return unicodedata.normalize("NFKC", slide_id).casefold()
 
 
 def _natural(label: str) -> tuple[float, str]:

@@ -1,16 +1,18 @@
 """What a hospital hands over: a folder of slide files and a table of labels, matched by slide id."""
 
-import csv
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from gigamil.config.schema import Columns
+from gigamil.data.table import read_table, refusal, text_problems
 from gigamil.errors import CohortError
 
 SLIDE_SUFFIXES = (".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".vms", ".vmu", ".scn", ".svslide", ".bif", ".czi")
 DICOM_SUFFIXES = (".dcm", ".dicom")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 
 # Names that label tables in the field use; case is ignored, and the first that occurs is taken.
 _KNOWN_COLUMNS = {
@@ -25,19 +27,28 @@ OPTIONAL_COLUMNS = ("site", "mpp", "split")
 
 
 def find_slides(folder: Path) -> Iterator[Path]:
-    """Every slide below a folder, sorted: files with a suffix that OpenSlide knows, and folders of DICOM files."""
+    """Every slide below a folder, sorted: files with a suffix that OpenSlide knows, and folders of DICOM files.
+
+    PNG and JPEG files are slides only where there is nothing else: beside slides they are thumbnails.
+    """
+    images = []
+    num_slides = 0
     for where, subfolders, names in os.walk(folder):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         shown = sorted(name for name in names if not name.startswith("."))
-        if any(name.lower().endswith(DICOM_SUFFIXES) for name in shown):
-            yield Path(where)
-        yield from (Path(where, name) for name in shown if name.lower().endswith(SLIDE_SUFFIXES))
+        slides = [Path(where)] if any(name.lower().endswith(DICOM_SUFFIXES) for name in shown) else []
+        slides += [Path(where, name) for name in shown if name.lower().endswith(SLIDE_SUFFIXES)]
+        images += [Path(where, name) for name in shown if name.lower().endswith(IMAGE_SUFFIXES)]
+        num_slides += len(slides)
+        yield from slides
+    if not num_slides:
+        yield from images
 
 
 def slide_id_of(name: str) -> str:
     """Id of a slide from its file name, or from what a label table calls it: no folder, no suffix, plain characters."""
     base = re.split(r"[/\\]", name.strip())[-1]
-    suffix = next((s for s in (*SLIDE_SUFFIXES, *DICOM_SUFFIXES) if base.lower().endswith(s)), "")
+    suffix = next((s for s in (*SLIDE_SUFFIXES, *DICOM_SUFFIXES, *IMAGE_SUFFIXES) if base.lower().endswith(s)), "")
     plain = re.sub(r"[^A-Za-z0-9._-]", "_", base[: len(base) - len(suffix)])
     return re.sub(r"^\.+", "_", plain)
 
@@ -54,11 +65,13 @@ def files_by_id(folder: Path) -> dict[str, list[Path]]:
     for path in find_slides(folder):
         found[slide_id_of(path.name)].append(path.relative_to(folder))
     if not found:
-        raise CohortError(f"no slide in '{folder}' or below; looked for {', '.join(SLIDE_SUFFIXES)} and DICOM folders")
+        raise CohortError(
+            f"no slide in '{folder}' or below; looked for {', '.join((*SLIDE_SUFFIXES, *IMAGE_SUFFIXES))} and DICOM folders"
+        )
     return dict(found)
 
 
-def read_labels(path: Path, chosen: dict[str, str | None], patient_is_slide: bool) -> dict[str, dict[str, str]]:
+def read_labels(path: Path, chosen: Mapping[str, str | None], patient_is_slide: bool) -> dict[str, dict[str, str]]:
     """Cells of each slide of a label table, under gigamil's own column names.
 
     Args:
@@ -67,17 +80,15 @@ def read_labels(path: Path, chosen: dict[str, str | None], patient_is_slide: boo
     Raises:
         CohortError: the table cannot be read, lacks a column, or has two rows for a slide that differ.
     """
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, restval="")
-            records = [(reader.line_num, record) for record in reader]
-            header = list(reader.fieldnames or ())
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise CohortError(f"label table '{path}' cannot be read as UTF-8 CSV: {error}") from error
-    columns = {name: _column(path, name, chosen.get(name), header, patient_is_slide) for name in _KNOWN_COLUMNS}
+    header, records = read_table(path, "label table")
+    found = {name: _column(path, name, chosen.get(name), header, patient_is_slide) for name in _KNOWN_COLUMNS}
+    columns = {name: column for name, column in found.items() if column is not None}
+    problems = list(text_problems(records, columns))
+    if problems:
+        raise refusal("label table", path, problems)
     labels: dict[str, dict[str, str]] = {}
     for line, record in records:
-        cells = {name: record[column].strip() for name, column in columns.items() if column is not None}
+        cells = {name: record[column].strip() for name, column in columns.items()}
         slide_id = cells["slide_id"] = slide_id_of(cells["slide_id"])
         if patient_is_slide:
             cells["patient_id"] = slide_id
@@ -86,6 +97,16 @@ def read_labels(path: Path, chosen: dict[str, str | None], patient_is_slide: boo
                 f"label table '{path}', line {line}: slide '{slide_id}' has another row that says otherwise"
             )
     return labels
+
+
+def label_columns(path: Path, header: list[str], chosen: Mapping[str, str | None], patient_is_slide: bool) -> Columns:
+    """Columns of a label table under gigamil's names; an optional one that the table lacks keeps its usual name.
+
+    Raises:
+        CohortError: a column is needed and not known, or was chosen and is not there.
+    """
+    found = {name: _column(path, name, chosen.get(name), header, patient_is_slide) for name in _KNOWN_COLUMNS}
+    return Columns(**{name: column for name, column in found.items() if column is not None})
 
 
 def _column(path: Path, name: str, chosen: str | None, header: list[str], patient_is_slide: bool) -> str | None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from gigamil.config.schema import Cohort, Columns
-from gigamil.data.cohort import load_cohort
+from gigamil.data.cohort import load_cohort, load_labels
 from gigamil.errors import CohortError
 
 HEADER = "slide_id,path,patient_id,label,mpp,site,split"
@@ -175,3 +175,102 @@ def test_digest_follows_labels_not_paths(tmp_path: Path) -> None:
     assert digest(GOOD) == digest(GOOD[::-1])
     assert digest(GOOD) == digest([GOOD[0].replace("a.svs", "f.svs"), *GOOD[1:]])
     assert digest(GOOD) != digest([GOOD[0].replace("p1", "p3"), *GOOD[1:]])
+
+
+class TestHostileCells:
+    """A table is somebody else's: nothing in it reaches a log, a spreadsheet, a shell or a folder raw."""
+
+    HEADER = "slide_id,path,patient_id,label,mpp,site,split"
+
+    def text(self, folder: Path, *rows: bytes) -> str:
+        path = table(folder, [])
+        path.write_bytes(b"\n".join([self.HEADER.encode(), *rows, b""]))
+        return refusal(Cohort(table=path))
+
+    @pytest.mark.parametrize(
+        ("row", "problem"),
+        [
+            (b'a,a.svs,"p\n1",x,,,', r"line 3: patient_id 'p\n1' holds a line break or another control character"),
+            (b"a,a.svs,p\x1b[31m1,x,,,", r"line 2: patient_id 'p\x1b[31m1' holds"),
+            (b"a,a.svs,p\x001,x,,,", r"line 2: patient_id 'p\x001' holds"),
+            ("a,a.svs,p\u202e1,x,,,".encode(), r"line 2: patient_id 'p\u202e1' holds"),
+            (b"a,a.svs,=cmd(),x,,,", "line 2: patient_id '=cmd()' would run as a formula in a spreadsheet"),
+            (b"a,a.svs,p,@SUM(1),,,", "line 2: label '@SUM(1)' would run"),
+            (b"a,a.svs,p,x,,-2+cmd|' /C calc'!A0,", "line 2: site \"-2+cmd|' /C calc'!A0\" would run"),
+            (b"a,a.svs,p\xff1,x,,,", r"line 2: patient_id 'p\udcff1' is not UTF-8"),
+            (b"a,a.svs," + b"p" * 5000 + b",x,,,", "has 5000 characters; the longest allowed is 4096"),
+            (b"a,pipe:cat /etc/passwd,p,x,,,", "line 2: path 'pipe:cat /etc/passwd' names a command or an address"),
+            (b"a,s3://bucket/a.svs,p,x,,,", "line 2: path 's3://bucket/a.svs' names a command or an address"),
+            (b"a,x{0..9999999999}.svs,p,x,,,", "line 2: path 'x{0..9999999999}.svs' holds braces"),
+            (b'a,"x{a,b}.svs",p,x,,,', "line 2: path 'x{a,b}.svs' holds braces"),
+            (b"a,~nobody-of-that-name/a.svs,p,x,,,", "does not exist"),
+            (b"a," + b"d/" * 2040 + b"a.svs,p,x,,,", "does not exist"),
+        ],
+        ids=range(15),
+    )
+    def test_one_cell_is_refused_with_its_line(self, tmp_path: Path, row: bytes, problem: str) -> None:
+        text = self.text(tmp_path, row, b"b,b.svs,q,y,,,")
+        assert problem in text
+        assert "1 problem(s)" in text
+        assert all(char.isprintable() or char == "\n" for char in text)
+        assert len(text) < 2000
+
+    def test_all_at_once_and_nothing_raw(self, tmp_path: Path) -> None:
+        text = self.text(
+            tmp_path,
+            b"a,pipe:x,p\x1b1,x,,,",
+            b"b,b.svs,=cmd(),y\xff,0.25,,",
+            b"c,a{1..9}.svs,r," + b"z" * 5000 + b",,\x07,",
+        )
+        assert "has 7 problem(s)" in text
+        assert "\x1b" not in text
+        assert "\x07" not in text
+
+    def test_a_megabyte_in_a_cell(self, tmp_path: Path) -> None:
+        text = self.text(tmp_path, b"a,a.svs," + b"p" * (1 << 20) + b",x,,,", b"b,b.svs,q,y,,,")
+        assert "cannot be read as UTF-8 CSV: line 2: field larger than field limit" in text
+        assert len(text) < 500
+
+    def test_what_looks_odd_and_is_harmless(self, tmp_path: Path) -> None:
+        rows = ["a,a.svs,Müller-Łukasz,+,,Zürich (Süd),", "b,./b.svs,-1,-,,@home".replace("@home", "at home") + ","]
+        cohort = load_cohort(Cohort(table=table(tmp_path, rows)))
+        assert cohort.classes == ("+", "-")
+        assert cohort.row("a").patient_id == "Müller-Łukasz"
+
+    def test_columns_that_are_not_used_may_hold_anything(self, tmp_path: Path) -> None:
+        path = table(tmp_path, ["a,a.svs,p,x,=note()", "b,b.svs,q,y,"], "slide_id,path,patient_id,label,note")
+        assert len(load_cohort(Cohort(table=path)).rows) == 2
+
+    def test_a_link_to_a_slide_is_that_slide(self, tmp_path: Path) -> None:
+        path = table(tmp_path, ["a,a.svs,p,x,,,", "b,link.svs,q,y,,,"])
+        (tmp_path / "link.svs").symlink_to(tmp_path / "a.svs")
+        assert f"line 3: path '{tmp_path / 'link.svs'}' is that of line 2 ('{tmp_path / 'a.svs'}')" in refusal(
+            Cohort(table=path)
+        )
+
+
+class TestBareLabels:
+    def test_usual_names_of_columns_and_slides_with_suffix(self, tmp_path: Path) -> None:
+        path = tmp_path / "labels.csv"
+        path.write_text("Case,Slide,Subtype,Center\np1,scans/a.svs,x,s1\np2,b,y,\n")
+        found = load_labels(path, {})
+        assert [(row.slide_id, row.patient_id, row.label, row.site) for row in found.rows] == [
+            ("a", "p1", "x", "s1"),
+            ("b", "p2", "y", None),
+        ]
+        with pytest.raises(CohortError, match="has no column 'nope'"):
+            load_labels(path, {"label": "nope"})
+
+    def test_everything_wrong_is_said(self, tmp_path: Path) -> None:
+        path = tmp_path / "labels.csv"
+        path.write_text("slide,patient,label\na.svs,p1,x\nA.tif,p2,y\n=x(),,z\nc,p,\n")
+        with pytest.raises(CohortError) as caught:
+            load_labels(path, {}, classes=("x", "y"))
+        for line in (
+            "has 4 problem(s)",
+            "line 3: slide_id 'A' is that of line 2 ('a')",
+            "line 4: patient_id is empty",
+            "line 4: label 'z' is not in cohort.classes (x, y)",
+            "line 5: slide 'c' has no label",
+        ):
+            assert line in str(caught.value)

@@ -188,3 +188,12 @@ def test_label_tables_of_public_cohorts(
     assert len(labels) == num
     assert next(iter(labels.values()))["label"] == label
     assert all(SLIDE_ID.fullmatch(slide_id) for slide_id in labels)
+
+
+def test_images_are_slides_only_where_there_is_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    for name in ("a.png", "sub/b.JPEG"):
+        (tmp_path / name).touch()
+    assert [path.name for path in find_slides(tmp_path)] == ["a.png", "b.JPEG"]
+    (tmp_path / "sub" / "c.svs").touch()
+    assert [path.name for path in find_slides(tmp_path)] == ["c.svs"]

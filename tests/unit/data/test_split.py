@@ -1,6 +1,7 @@
 """No patient on two sides, every class on every side, and the same split on every machine."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -165,3 +166,87 @@ def test_smoke_run_tiles_and_splits_the_same_slides() -> None:
     assert sorted(splits.split_of()) == sorted(tiled)
     assert splits.without_tiles == (next(iter(smoke)),)
     assert splits.method.endswith("smoke run of the first 2 of each split and class")
+
+
+class TestFolds:
+    CFG = Cohort(split_method="kfold", folds=4, val_fraction=0.15)
+
+    def test_a_run_uses_one_fold_and_says_which(self) -> None:
+        table = numbered(40, 2)
+        runs = [make_splits(table, ids(table), self.CFG.model_copy(update={"fold": n})) for n in range(4)]
+        assert sorted(slide_id for splits in runs for slide_id in splits.test) == sorted(ids(table))
+        assert [(splits.fold, splits.seed, splits.inner_fold) for splits in runs] == [(n, 0, None) for n in range(4)]
+        assert runs[2].method == "fold 2 of 4 folds by patient, stratified by label, seed 0, val 0.15"
+        assert {row.slide_id for row in table.rows if row.slide_id in runs[0].val} == set(runs[0].val) != set()
+
+    def test_nested(self) -> None:
+        table = numbered(40)
+        cfg = self.CFG.model_copy(update={"fold": 1})
+        inner = [make_splits(table, ids(table), cfg.model_copy(update={"inner_fold": n})) for n in range(4)]
+        outer = make_splits(table, ids(table), cfg)
+        assert {splits.test for splits in inner} == {outer.test}
+        assert sorted(slide_id for splits in inner for slide_id in splits.val) == sorted((*outer.train, *outer.val))
+        assert inner[3].method.endswith(", inner fold 3")
+
+    def test_slides_without_tiles_move_no_other_slide(self) -> None:
+        table = numbered(40)
+        whole = make_splits(table, ids(table), self.CFG)
+        part = make_splits(table, [slide_id for slide_id in ids(table) if slide_id not in ("s3-0", "s8-0")], self.CFG)
+        assert part.without_tiles == ("s3-0", "s8-0")
+        assert part.split_of().items() <= whole.split_of().items()
+
+    def test_smoke_run_of_a_fold(self) -> None:
+        table = numbered(40)
+        smoke = smoke_slides(table, self.CFG, 2)
+        whole = make_splits(table, ids(table), self.CFG)
+        assert len(smoke) == 12
+        assert smoke.items() <= whole.split_of().items()
+
+    def test_a_split_column_and_folds_contradict(self) -> None:
+        table = cohort(("a", "p", "x", "train"), ("b", "q", "y", "train"))
+        for cfg, key in [
+            (self.CFG, "cohort.split_method"),
+            (Cohort(preserve_sites=True), "cohort.preserve_sites"),
+            (Cohort(splits=Path("x")), "cohort.splits"),
+        ]:
+            with pytest.raises(CohortError, match=f"has a split column, and {key} would split otherwise"):
+                make_splits(table, ids(table), cfg)
+
+
+def by_site(num: int = 60, num_sites: int = 12) -> CohortTable:
+    rows = [SlideRow(f"s{n}", Path(), f"p{n}", "xy"[n % 2], None, f"h{n // 2 % num_sites}", None) for n in range(num)]
+    return CohortTable(tuple(rows), ("x", "y"))
+
+
+def test_sites_are_kept_apart_and_stay_so() -> None:
+    table = by_site()
+    splits = make_splits(table, ids(table), Cohort(preserve_sites=True))
+    assert splits.sites_apart
+    assert "no site on two sides" in splits.method
+    where = splits.split_of()
+    for site in {row.site for row in table.rows}:
+        assert len({where[row.slide_id] for row in table.rows if row.site == site}) == 1
+    moved = [dataclasses.replace(row, site="h0") if row.slide_id == splits.test[0] else row for row in table.rows]
+    with pytest.raises(CohortError, match=r"site 'h\d+' is in .* which was to be kept apart"):
+        check_splits(splits, CohortTable(tuple(moved), table.classes))
+
+
+def test_another_table_than_the_one_that_was_split() -> None:
+    table = numbered(20)
+    splits = make_splits(table, ids(table), Cohort())
+    more = CohortTable((*table.rows, dataclasses.replace(table.rows[0], slide_id="new")), table.classes)
+    with pytest.raises(CohortError, match="slides, patients, labels or splits of the slide table are others"):
+        check_splits(splits, more)
+
+
+def test_a_file_of_an_earlier_version_is_read() -> None:
+    table = numbered(20)
+    splits = make_splits(table, ids(table), Cohort())
+    facts = json.loads(splits.to_json())
+    for name in ("unnamed", "sites_apart", "seed", "fold", "inner_fold", "sources_sha256"):
+        del facts[name]
+    earlier = Splits.from_json(json.dumps(facts))
+    assert earlier == dataclasses.replace(splits, seed=None)
+    for name, value in [("seed", "0"), ("fold", True), ("sites_apart", 1), ("unnamed", [1]), ("sources_sha256", None)]:
+        with pytest.raises(ValueError, match=f"'{name}' has the wrong kind"):
+            Splits.from_json(json.dumps(facts | {name: value}))
