@@ -3,20 +3,34 @@
 import csv
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
 from gigamil.config.load import absolute_paths
 from gigamil.config.schema import RunConfig
 from gigamil.data.cohort import load_cohort
+from gigamil.data.folds import freeze_folds, make_folds
 from gigamil.data.scan import slide_id_of
-from gigamil.data.split import Splits, load_splits, make_splits, save_splits, split_method
+from gigamil.data.split import (
+    Splits,
+    check_splits,
+    load_splits,
+    make_splits,
+    makes_folds,
+    save_splits,
+    sources_digest,
+    split_method,
+    tile_leaks,
+)
 from gigamil.data.tile import TileReport, tile_cohort
-from gigamil.errors import CohortError, SlideError
+from gigamil.errors import CohortError, ConfigError, ShardError, SlideError
 from gigamil.evaluate.attention import Box, attention_path, write_attention
+from gigamil.evaluate.features import cache_features
 from gigamil.evaluate.heatmap import heatmap_run
+from gigamil.evaluate.picture import ReadTiles
 from gigamil.evaluate.predict import SlidePrediction, load_model, predict_slides
 from gigamil.evaluate.predictions import FILE_NAME, Predictions, write_predictions
 from gigamil.evaluate.report import evaluate_run, write_report
@@ -26,28 +40,44 @@ from gigamil.registry import import_plugins
 from gigamil.shards.read import ShardSet
 from gigamil.train.api import train_model
 from gigamil.train.checkpoint import CheckpointStore
-from gigamil.train.cohort import TrainingData, load_training_data
+from gigamil.train.cohort import (
+    TiledSlides,
+    TrainingData,
+    feature_dim,
+    load_training_data,
+    open_source,
+    open_tiles,
+    tiled_slides,
+)
 from gigamil.train.identity import refuse_other_run, run_identity
 from gigamil.train.recorder import MLFLOW_STATUS
 from gigamil.train.records import RunRecord
 from gigamil.train.tracking import Tracker
 from gigamil.train.worker import choose_device
 
+_MAX_LISTED = 20
+
 
 def split_cohort(config: RunConfig, *, again: bool = False) -> Splits:
     """Split the tiled slides by patient and freeze the result in `<out>/splits.json`.
+
+    Where there are folds, `splits.json` is the one that `cohort.fold` names, and all of them are written to `folds.json`
+    and `folds.csv`.
 
     Args:
         config: `cohort` says how; a split column in the table wins.
         again: make a new split even if one is there; refused once the run has a checkpoint.
     Raises:
-        CohortError: a wrong table, a class that is missing from a split, a patient in two splits, or a frozen split
-            that does not fit the table any more.
+        CohortError: a wrong table, a class that is missing from a split, a patient, a file or a picture in two splits,
+            or a frozen split that does not fit the table or the tiles any more.
+        ShardError: there are no tiles.
     """
     path = config.bookkeeping.out / "splits.json"
     table = load_cohort(config.cohort, need_files=False)
+    tiles = open_tiles(config, table)
+    shards = tiles if isinstance(tiles, ShardSet) else None  # features have neither files nor thumbnails
     if path.is_file() and not again:
-        frozen = load_splits(path, table)
+        frozen = load_splits(path, table, shards, config.cohort.near_duplicates)
         method = split_method(table, config.cohort, config.bookkeeping.limit)
         if frozen.method != method:
             raise CohortError(
@@ -59,11 +89,14 @@ def split_cohort(config: RunConfig, *, again: bool = False) -> Splits:
         raise CohortError(
             f"'{config.bookkeeping.out}' was trained on its split; another split needs another bookkeeping.out"
         )
-    shards = ShardSet(config.bookkeeping.shard_root)
-    settings = config.slides.model_dump()
-    tiled = [slide_id for slide_id in shards.slide_ids if shards.made_with(slide_id, settings)]
-    splits = make_splits(table, tiled, config.cohort, limit=config.bookkeeping.limit)
+    splits = make_splits(table, tiled_slides(config, table), config.cohort, limit=config.bookkeeping.limit)
     path.parent.mkdir(parents=True, exist_ok=True)
+    if shards is not None:
+        splits = replace(splits, sources_sha256=sources_digest(shards, splits.split_of()))
+        leaks = tile_leaks(splits, shards, path.parent, near_duplicates=config.cohort.near_duplicates)
+        check_splits(splits, table, leaks=leaks)
+    if makes_folds(table, config.cohort):
+        freeze_folds(make_folds(table, config.cohort), path.parent, table, again=True)
     save_splits(splits, path)
     return splits
 
@@ -110,8 +143,9 @@ def draw_heatmaps(
     if files:
         drawn += _heatmap_new(config, files, mpp)
     if ids or not files:
-        shards = ShardSet(config.bookkeeping.shard_root)
-        drawn += heatmap_run(out, shards, ids or None, config.bookkeeping.heatmaps, lesions_um=lesions_um)
+        shards = open_tiles(config, load_cohort(config.cohort, need_labels=False, need_files=False))
+        number = config.bookkeeping.heatmaps
+        drawn += heatmap_run(out, shards, ids or None, number, lesions_um=lesions_um, **_sights(config, shards))
         write_report(out)
         _track_files(config, [out / "heatmaps", out / "report.html"])
     return drawn
@@ -125,6 +159,9 @@ def run_pipeline(
     lesions_um: Mapping[str, Sequence[Box]] | None = None,
 ) -> dict[str, Any]:
     """Tile, split, train, evaluate, draw heatmaps; what is done already is not done again.
+
+    With `data.source: features` tiles are encoded after tiling; with `data.features` too, features are taken from there,
+    and nothing is tiled or encoded.
 
     Args:
         config: the whole run.
@@ -143,9 +180,17 @@ def run_pipeline(
     if not resume and (out / "checkpoints" / "latest").is_file():
         raise CohortError(f"'{out}' holds a run already; delete it or choose another bookkeeping.out")
     show = config.bookkeeping.progress
-    _say(show, "tile", f"slides of '{config.cohort.table}' -> shards")
-    report = tile_cohort(config, progress=show)
-    refuse_failures(report, config.slides.max_failed)
+    has_features = config.data.source == "features" and config.data.features is not None
+    if has_features:
+        _refuse_missing_features(config)
+    else:
+        _say(show, "tile", f"slides of '{config.cohort.table}' -> shards")
+        refuse_failures(tile_cohort(config, progress=show), config.slides.max_failed)
+        if config.data.source == "features":
+            _say(show, "features", f"of {config.science.encoder.name}, on {config.execution.ranks} ranks")
+            made = cache_features(config, plugins=plugins)
+            if show:
+                print(made.text())
     _say(show, "split", "by patient")
     splits = split_cohort(config)
     if show:
@@ -163,11 +208,12 @@ def run_pipeline(
     _say(show, "heatmap", "attention of held-out slides")
     draw_heatmaps(config, lesions_um=lesions_um)
     auc = evaluation["splits"][evaluation["headline_split"]]["auc"]
+    data = load_training_data(config)
     return {
         "auc": auc["value"],
         "auc_ci": auc["ci"],
         "slides": sum(len(splits.of(name)) for name in ("train", "val", "test")),
-        "tiles": report.num_tiles,
+        "tiles": sum(data.shards.manifest(slide_id).num_tiles for slide_id in splits.split_of()),
         "ranks": config.execution.ranks,
         "seconds": round(time.monotonic() - start, 1),
         "out": str(out),
@@ -188,6 +234,20 @@ def refuse_failures(report: TileReport, max_failed: int) -> None:
         )
 
 
+def _refuse_missing_features(config: RunConfig) -> None:
+    """Refuse to go on when more slides have no features than may fail, before they are left out of a split for good."""
+    table = load_cohort(config.cohort, need_labels=False, need_files=False)
+    there = set(tiled_slides(config, table))
+    missing = [row.slide_id for row in table.rows if row.slide_id not in there]
+    if len(missing) > config.slides.max_failed and config.bookkeeping.limit is None:
+        more = f" and {len(missing) - _MAX_LISTED} more" if len(missing) > _MAX_LISTED else ""
+        raise ShardError(
+            f"{len(missing)} of {len(table.rows)} slides have no features in '{config.data.features}', more than "
+            f"slides.max_failed={config.slides.max_failed}: {', '.join(missing[:_MAX_LISTED])}{more}. Make them, take these "
+            "slides out of the table, or set slides.max_failed."
+        )
+
+
 def _refuse_other_checkpoint(config: RunConfig, data: TrainingData) -> None:
     """Refuse to use a trained model with a configuration, a split or tiles that it was not trained with."""
     out = config.bookkeeping.out
@@ -195,14 +255,19 @@ def _refuse_other_checkpoint(config: RunConfig, data: TrainingData) -> None:
 
 
 def _predict_into(
-    folder: Path, config: RunConfig, shards: ShardSet, slide_ids: Sequence[str], data: TrainingData | None
+    folder: Path,
+    config: RunConfig,
+    shards: TiledSlides,
+    slide_ids: Sequence[str],
+    data: TrainingData | None,
+    paths: Mapping[str, Path] | None = None,
 ) -> None:
-    """Write predictions.csv and attention/ of slides; without `data` they have no labels."""
+    """Write predictions.csv and attention/ of slides; without `data` they have no labels, and `paths` tells their files."""
     classes = data.splits.classes if data else load_training_data(config).splits.classes
     device = choose_device(config.execution.device, Topology())
     found: list[SlidePrediction] = []
-    model = load_model(config, len(classes))
-    for prediction in predict_slides(config, model, shards, slide_ids, device):
+    model = load_model(config, len(classes), dim=feature_dim(shards, slide_ids))
+    for prediction in predict_slides(config, model, shards, slide_ids, device, paths):
         path = attention_path(folder, prediction.slide_id)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_attention(path, prediction.attention)
@@ -221,6 +286,11 @@ def _predict_into(
 
 def _heatmap_new(config: RunConfig, files: Sequence[Path], mpp: float | None) -> list[Path]:
     folder = config.bookkeeping.out / "new_slides"
+    if config.data.source == "features" and config.data.features is not None:
+        raise ConfigError(
+            f"'{files[0]}' is a slide file, and this run takes features from '{config.data.features}' (data.features). Put "
+            "the slide's features there, name it in the slide table, and give its id."
+        )
     folder.mkdir(parents=True, exist_ok=True)
     names = _distinct([slide_id_of(path.resolve().name) for path in files])
     table = folder / "slides.csv"
@@ -230,12 +300,34 @@ def _heatmap_new(config: RunConfig, files: Sequence[Path], mpp: float | None) ->
         for name, path in zip(names, files, strict=True):
             writer.writerow([name, path.resolve(), name, "" if mpp is None else mpp])
     cohort = config.cohort.model_copy(update={"table": table, "root": None, "columns": type(config.cohort.columns)()})
-    book = config.bookkeeping.model_copy(update={"shards": folder / "shards", "limit": None})
+    book = config.bookkeeping.model_copy(update={"out": folder, "shards": folder / "shards", "limit": None})
     new = config.model_copy(update={"cohort": cohort, "bookkeeping": book})
     refuse_failures(tile_cohort(new, progress=config.bookkeeping.progress), 0)
-    shards = ShardSet(book.shard_root)
-    _predict_into(folder, config, shards, names, None)
-    return heatmap_run(folder, shards, names)
+    if config.data.source == "features":
+        alone = config.execution.model_copy(update={"ranks": 1, "group_size": None})
+        cache_features(new.model_copy(update={"execution": alone}))
+    shards = open_tiles(new, load_cohort(cohort, need_labels=False))
+    paths = {name: path.resolve() for name, path in zip(names, files, strict=True)}
+    _predict_into(folder, config, shards, names, None, paths)
+    return heatmap_run(folder, shards, names, **_sights(new, shards, paths))
+
+
+class _Sights(TypedDict, total=False):
+    """What a heatmap shows of a slide beside its attention, where its shards hold no tiles."""
+
+    pictures: ShardSet
+    read: ReadTiles
+
+
+def _sights(config: RunConfig, shards: TiledSlides, paths: Mapping[str, Path] | None = None) -> _Sights:
+    if config.data.source == "features":
+        try:
+            return _Sights(pictures=ShardSet(config.bookkeeping.shard_root))
+        except ShardError:  # features of others, without shards
+            return _Sights()
+    if config.data.source == "slides":
+        return _Sights(read=open_source(config, shards, shards.slide_ids, torch.device("cpu"), paths).read_tiles)
+    return _Sights()
 
 
 def _distinct(names: Sequence[str]) -> list[str]:

@@ -14,23 +14,29 @@ from gigamil.files import replace_file
 
 FOLDER = "attention"
 COLUMNS = ("number", "x_um", "y_um", "attention")
-TILE_UM_KEY = b"tile_um"
+SIZES = ("tile_um", "stride_um")  # in the metadata of the schema, as "X Y"
 # Sum of a slide's float32 attention against 1: a million tiles round to about 1e-4 in a sum of float32 weights.
 SUM_TOLERANCE = 1e-3
 
+Size = tuple[float, float]  # along x and y, micron
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1 in micron from the level-0 origin
 
 
 @dataclass(frozen=True)
 class Attention:
-    """One slide's tiles: top-left corners in micron from the level-0 origin, and their attention, which sums to 1."""
+    """One slide's tiles: top-left corners in micron from the level-0 origin, and their attention, which sums to 1.
+
+    `tile_um` is the width and height of a tile (tiles copied from a file may be a little off square), `stride_um` the
+    distance of neighbouring columns and rows: less than a tile where tiles overlap.
+    """
 
     slide_id: str
     number_N: NDArray[np.int64]
     x_um_N: NDArray[np.float64]
     y_um_N: NDArray[np.float64]
     attention_N: NDArray[np.float32]
-    tile_um: float
+    tile_um: Size
+    stride_um: Size
 
     def __len__(self) -> int:
         return len(self.number_N)
@@ -51,13 +57,14 @@ def attention_path(run: Path, slide_id: str) -> Path:
 
 
 def write_attention(path: Path, attention: Attention) -> None:
-    """Write one slide's attention as parquet; `tile_um` goes into the metadata of the schema."""
+    """Write one slide's attention as parquet; `tile_um` and `stride_um` go into the metadata of the schema."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     values = (attention.number_N, attention.x_um_N, attention.y_um_N, attention.attention_N)
     table = pa.table(dict(zip(COLUMNS, map(pa.array, values), strict=True)))
-    table = table.replace_schema_metadata({TILE_UM_KEY: repr(float(attention.tile_um)).encode()})
+    sizes = {name: " ".join(repr(float(value)) for value in getattr(attention, name)) for name in SIZES}
+    table = table.replace_schema_metadata(sizes)
     buffer = io.BytesIO()
     pq.write_table(table, buffer)
     replace_file(path, buffer.getvalue())
@@ -67,8 +74,8 @@ def read_attention(path: Path) -> Attention:
     """Read and check one slide's attention; the file name is the slide id.
 
     Raises:
-        ShardError: no such file, a column or `tile_um` missing, no tile, or weights that are negative, not finite, or
-            do not sum to 1.
+        ShardError: no such file, a column or a size missing, no tile, or weights that are negative, not finite, or do
+            not sum to 1.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -81,12 +88,11 @@ def read_attention(path: Path) -> Attention:
         table = pq.read_table(path)
     except (pa.ArrowException, OSError) as fault:
         raise ShardError(f"slide '{slide_id}': '{path}' cannot be read ({fault}). {again}") from fault
-    metadata = table.schema.metadata or {}
+    sizes = [_size((table.schema.metadata or {}).get(name.encode(), b"")) for name in SIZES]
     missing = [name for name in COLUMNS if name not in table.column_names]
-    if missing or TILE_UM_KEY not in metadata:
-        raise ShardError(
-            f"slide '{slide_id}': '{path}' lacks {', '.join(missing) or 'tile_um in its metadata'}. {again}"
-        )
+    missing += [name for name, size in zip(SIZES, sizes, strict=True) if size is None]
+    if missing:
+        raise ShardError(f"slide '{slide_id}': '{path}' lacks {', '.join(missing)}. {again}")
     number_N, x_um_N, y_um_N, attention_N = (table[name].to_numpy() for name in COLUMNS)
     total = float(attention_N.sum(dtype=np.float64))
     if not len(attention_N) or not np.all(attention_N >= 0) or not abs(total - 1) <= SUM_TOLERANCE:
@@ -94,7 +100,16 @@ def read_attention(path: Path) -> Attention:
             f"slide '{slide_id}': the attention of {len(attention_N)} tiles in '{path}' sums to {total:g}; it must be "
             f"non-negative and sum to 1. {again}"
         )
-    return Attention(slide_id, number_N, x_um_N, y_um_N, attention_N, float(metadata[TILE_UM_KEY]))
+    tile_um, stride_um = (size for size in sizes if size is not None)
+    return Attention(slide_id, number_N, x_um_N, y_um_N, attention_N, tile_um, stride_um)
+
+
+def _size(text: bytes) -> Size | None:
+    try:
+        x, y = map(float, text.split())
+    except ValueError:
+        return None
+    return x, y
 
 
 def lesion_hit(attention: Attention, boxes_um: Sequence[Box], fraction: float = 0.01) -> float:
@@ -117,6 +132,6 @@ def lesion_hit(attention: Attention, boxes_um: Sequence[Box], fraction: float = 
     row_n = attention.top(math.ceil(fraction * len(attention)))
     x0_n1, y0_n1 = attention.x_um_N[row_n, None], attention.y_um_N[row_n, None]
     left_B, top_B, right_B, bottom_B = np.asarray(boxes_um, dtype=np.float64).T
-    overlaps_x = (x0_n1 < right_B) & (x0_n1 + attention.tile_um > left_B)
-    overlaps_y = (y0_n1 < bottom_B) & (y0_n1 + attention.tile_um > top_B)
+    overlaps_x = (x0_n1 < right_B) & (x0_n1 + attention.tile_um[0] > left_B)
+    overlaps_y = (y0_n1 < bottom_B) & (y0_n1 + attention.tile_um[1] > top_B)
     return float((overlaps_x & overlaps_y).any(axis=1).mean())

@@ -36,7 +36,7 @@ def write_geojson(
         bounds_x_px0, bounds_y_px0: `openslide.bounds-x/y`; 0 where the slide has none.
     Source: QuPath 0.4 and later, `qupath.lib.io.QuPathTypeAdapters`. Test: unit/evaluate/test_geojson.py
     """
-    width, height = attention.tile_um / mpp_x, attention.tile_um / mpp_y
+    width, height = attention.tile_um[0] / mpp_x, attention.tile_um[1] / mpp_y
     features = []
     for rank, row in enumerate(attention.top(top), start=1):
         left = attention.x_um_N[row] / mpp_x - bounds_x_px0

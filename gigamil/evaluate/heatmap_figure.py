@@ -194,9 +194,9 @@ class _Page:
 
 def _view(attention: Attention, width_um: float, height_um: float) -> View:
     """The tiles and a margin, within the slide; a grid may hang over its edge."""
-    x_um, y_um, side = attention.x_um_N, attention.y_um_N, attention.tile_um
-    x0, x1 = x_um.min(), min(x_um.max() + side, width_um)
-    y0, y1 = y_um.min(), min(y_um.max() + side, height_um)
+    x_um, y_um, (tile_w, tile_h) = attention.x_um_N, attention.y_um_N, attention.tile_um
+    x0, x1 = x_um.min(), min(x_um.max() + tile_w, width_um)
+    y0, y1 = y_um.min(), min(y_um.max() + tile_h, height_um)
     margin = VIEW_MARGIN * max(x1 - x0, y1 - y0)
     return View(max(x0 - margin, 0), max(y0 - margin, 0), min(x1 + margin, width_um), min(y1 + margin, height_um))
 
@@ -224,19 +224,25 @@ def _draw_attention(axes: "Axes", attention: Attention) -> tuple["LogNorm", "Col
     rgba[above] = cmap(norm(times_even[above]))
     rgba[above, 3] = OPACITY
     x0, y0 = corner_um
-    extent = (x0, x0 + cols * attention.tile_um, y0 + rows * attention.tile_um, y0)
+    extent = (x0, x0 + cols * attention.stride_um[0], y0 + rows * attention.stride_um[1], y0)
     axes.imshow(rgba, extent=extent, interpolation="nearest")
     return norm, cmap
 
 
 def _on_grid(attention: Attention) -> tuple[Floats, tuple[float, float]]:
-    """Attention x N as an image of one pixel per tile, NaN without a tile; and its upper left corner in micron."""
-    x0, y0 = float(attention.x_um_N.min()), float(attention.y_um_N.min())
-    col_N = np.rint((attention.x_um_N - x0) / attention.tile_um).astype(np.int64)
-    row_N = np.rint((attention.y_um_N - y0) / attention.tile_um).astype(np.int64)
+    """Attention x N as an image of one pixel per tile, NaN without a tile; and its upper left corner in micron.
+
+    A pixel is as large as the stride, and lies on the middle of its tile: of tiles that overlap each shows the part that
+    is nearest to it, so that none hides another.
+    """
+    (x0, col_N), (y0, row_N) = (
+        (float(corner_N.min()), np.rint((corner_N - corner_N.min()) / stride).astype(np.int64))
+        for corner_N, stride in zip((attention.x_um_N, attention.y_um_N), attention.stride_um, strict=True)
+    )
     image = np.full((row_N.max() + 1, col_N.max() + 1), np.nan)
     np.fmax.at(image, (row_N, col_N), attention.times_even_N)
-    return image, (x0, y0)
+    shift_x, shift_y = ((t - s) / 2 for t, s in zip(attention.tile_um, attention.stride_um, strict=True))
+    return image, (x0 + shift_x, y0 + shift_y)
 
 
 def _draw_colour_bar(figure: "Figure", axes: "Axes", norm: "LogNorm", cmap: "Colormap") -> None:
@@ -254,10 +260,15 @@ def _draw_colour_bar(figure: "Figure", axes: "Axes", norm: "LogNorm", cmap: "Col
 
 def _outline(axes: "Axes", view: View, attention: Attention, num_top: int, boxes_um: Sequence[Box]) -> None:
     """Frame the tiles of the strip and the known lesions on the slide panel."""
-    side = max(attention.tile_um, SMALLEST_MARK * view.longer)
-    shift = (side - attention.tile_um) / 2
-    corners = [(attention.x_um_N[row] - shift, attention.y_um_N[row] - shift) for row in attention.top(num_top)]
-    _frame(axes, [(x, y, x + side, y + side) for x, y in corners], INK)
+    width, height = (max(side, SMALLEST_MARK * view.longer) for side in attention.tile_um)
+    rows = attention.top(num_top)
+    x_um, y_um = (
+        corner_N[rows] - (side - tile) / 2
+        for corner_N, side, tile in zip(
+            (attention.x_um_N, attention.y_um_N), (width, height), attention.tile_um, strict=True
+        )
+    )
+    _frame(axes, [(x, y, x + width, y + height) for x, y in zip(x_um, y_um, strict=True)], INK)
     _frame(axes, boxes_um, LESION_COLOUR)
 
 
@@ -290,7 +301,7 @@ def scale_bar_um(side_um: float) -> float:
 
 def _draw_strip(figure: "Figure", page: _Page, strip: Sequence[Pixels], attention: Attention) -> None:
     if len(strip):
-        words = f"Most attended tiles, {attention.tile_um:g} µm a side (black frames)"
+        words = f"Most attended tiles, {attention.tile_um[0]:.4g} µm a side (black frames)"
         page.text(figure, page.panels_bottom + FOOTER + 0.08, words, 11, "bold")
     for number, (tile_HW3, row) in enumerate(zip(strip, attention.top(len(strip)), strict=True)):
         axes = page.axes(figure, *page.strip_tile(number))

@@ -1,27 +1,31 @@
 """Slides -> probabilities and attention, by the same forward pass as in training, on all tiles, in one process."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from gigamil.config.schema import RunConfig
+from gigamil.data.features import SlideFeatures
 from gigamil.data.pipeline import DrawKeys, StepLoader
 from gigamil.errors import CheckpointError
-from gigamil.evaluate.attention import Attention
+from gigamil.evaluate.attention import Attention, Size
 from gigamil.memory.budget import memory_budget
+from gigamil.models.encoder import TileEncoder
 from gigamil.models.slide_model import SlideModel, build_model, refuse_small_bags
 from gigamil.parallel.topology import Topology
 from gigamil.partition.schedule import plan_steps
-from gigamil.shards.read import ShardSet
+from gigamil.shards.manifest import SlideManifest
 from gigamil.train.checkpoint import CheckpointStore
+from gigamil.train.cohort import TiledSlides, check_tiles, open_source
 from gigamil.train.loss import losses
 from gigamil.train.plain import PlainEngine
 from gigamil.train.prepare import set_batchnorm
-from gigamil.train.step import ExactStep, Ranks
+from gigamil.train.step import FEATURE_ROWS, ExactStep, Ranks
 
 
 @dataclass(frozen=True)
@@ -33,9 +37,12 @@ class SlidePrediction:
     attention: Attention
 
 
-def load_model(config: RunConfig, num_classes: int, pointer: str = "best") -> SlideModel:
+def load_model(config: RunConfig, num_classes: int, pointer: str = "best", dim: int | None = None) -> SlideModel:
     """The trained model of a run, in evaluation mode, on the CPU.
 
+    Args:
+        pointer: "best" or "latest".
+        dim: D of the features that it was trained on; None if it has an encoder.
     Raises:
         CheckpointError: there is no such checkpoint, it is damaged, or it belongs to another model.
     """
@@ -43,7 +50,7 @@ def load_model(config: RunConfig, num_classes: int, pointer: str = "best") -> Sl
     science = config.science
     # The checkpoint has every weight; the file that training started from may be gone.
     encoder = science.encoder.model_copy(update={"weights": None})
-    model = build_model(science.model_copy(update={"encoder": encoder}), num_classes)
+    model = build_model(science.model_copy(update={"encoder": encoder}), num_classes, dim)
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
@@ -54,15 +61,21 @@ def load_model(config: RunConfig, num_classes: int, pointer: str = "best") -> Sl
 
 
 def predict_slides(
-    config: RunConfig, model: SlideModel, shards: ShardSet, slide_ids: Sequence[str], device: torch.device
+    config: RunConfig,
+    model: SlideModel,
+    shards: TiledSlides,
+    slide_ids: Sequence[str],
+    device: torch.device,
+    paths: Mapping[str, Path] | None = None,
 ) -> Iterator[SlidePrediction]:
     """Predict slides one by one, in the given order, each on all its tiles.
 
     Args:
         config: of the run that trained the model: chunk, precision, tile size.
         model: from `load_model`.
-        shards: where the slides' tiles are.
+        shards: where the slides' tiles, or features, are.
         device: where to compute.
+        paths: slide files by id, for `data.source: slides`; None takes those of the slide table.
     Yields:
         A prediction per slide; attention is the mean over heads, or of the predicted class, and sums to 1.
     Raises:
@@ -70,24 +83,29 @@ def predict_slides(
         BagError: a slide has fewer tiles than the aggregator takes.
         TrainingError: an embedding is not finite; names slide and tile.
     """
-    shards.check_tiles(slide_ids, config.slides.tile_px, config.slides.tile_mpp)
+    check_tiles(config, shards, slide_ids)
     sizes = [shards.manifest(slide_id).num_tiles for slide_id in slide_ids]
     refuse_small_bags(model, slide_ids, sizes)
     topology = Topology()
-    set_batchnorm(model.encoder, config.execution)
+    has_encoder = isinstance(model.encoder, TileEncoder)
+    if has_encoder:
+        set_batchnorm(model.encoder, config.execution)
     share = partial(memory_budget, config.execution.tile_cache, local_ranks=1, default=0.25)
     step = ExactStep(
         PlainEngine(model.to(device)),
         Ranks(topology),
         losses[config.science.loss],
-        chunk=config.execution.chunk,
+        chunk=config.execution.chunk if has_encoder else FEATURE_ROWS,
         num_keep=0,
         keys=DrawKeys(0, slide_ids),  # never drawn from: prediction has no dropout and no augmentation
         cache_bytes=share(device=device),
     )
     plans = plan_steps(range(len(slide_ids)), sizes, 1, topology.num_groups, topology.group_size)
     held_bytes = share(device=torch.device("cpu"))
-    loader = StepLoader(shards, slide_ids, config.slides.tile_px, topology, config.execution.prefetch, held_bytes)
+    source, execution = open_source(config, shards, slide_ids, device, paths), config.execution
+    loader = StepLoader(
+        source, slide_ids, config.slides.tile_px, topology, execution.prefetch, held_bytes, execution.decode_workers
+    )
     hidden = None if config.bookkeeping.progress else True
     bfloat16 = config.science.precision == "bfloat16"
     for plan, tiles in tqdm(loader.iterate(plans), total=len(plans), desc="predict", unit="slide", disable=hidden):
@@ -103,6 +121,14 @@ def predict_slides(
             tiles.position_n2[:, 0].numpy(),
             tiles.position_n2[:, 1].numpy(),
             (weight_N / weight_N.sum()).astype(np.float32),
-            config.slides.tile_px * config.slides.tile_mpp,
+            *_tile_sizes(shards.manifest(slide_id)),
         )
         yield SlidePrediction(slide_id, logits_SK[0].softmax(0).cpu().numpy(), attention)
+
+
+def _tile_sizes(manifest: SlideManifest | SlideFeatures) -> tuple[Size, Size]:
+    """Size and stride of a slide's tiles in micron."""
+    if isinstance(manifest, SlideFeatures):
+        return manifest.tile_um, manifest.stride_um
+    stride_um = manifest.stride_px * manifest.pixel_mpp_x, manifest.stride_px * manifest.pixel_mpp_y
+    return (manifest.tile_width_um, manifest.tile_height_um), stride_um

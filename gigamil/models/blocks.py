@@ -65,8 +65,10 @@ def parameters_by_rate(backbone: nn.Module, layer_decay: float) -> dict[float, l
     Source: Clark et al. 2020 (ELECTRA), arXiv:2003.10555; Bao et al. 2021 (BEiT), arXiv:2106.08254.
     """
     trainable = [(name, parameter) for name, parameter in backbone.named_parameters() if parameter.requires_grad]
+    if not trainable:
+        return {}
     if layer_decay == 1:
-        return {1.0: [parameter for _, parameter in trainable]} if trainable else {}
+        return {1.0: [parameter for _, parameter in trainable]}
     key = f"science.optim.layer_decay={layer_decay}"
     numbers = block_numbers(backbone, key)
     last = len(_block_names(backbone, key)) - 1

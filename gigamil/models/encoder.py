@@ -61,6 +61,23 @@ class TileEncoder(nn.Module):
         return self.backbone(image_nCHW, tile_key_n)
 
 
+class GivenFeatures(nn.Module):
+    """In the place of an encoder, where tiles were encoded before: rows are embeddings already, nothing is learned.
+
+    Args:
+        dim: D of the features.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+        self.backbone = nn.Identity()
+
+    def forward(self, feature_nD: Tensor, tile_key_n: Tensor | None) -> Tensor:
+        """Features (n, D) -> the same."""
+        return feature_nD
+
+
 def _normalised(image_nCHW: Tensor, mean_C11: Tensor, std_C11: Tensor) -> Tensor:
     image_nHWC = image_nCHW.permute(0, 2, 3, 1)
     if not image_nHWC.is_contiguous():

@@ -1,6 +1,7 @@
 """Encoder + aggregator + linear head: one module, so that one engine, one optimiser and one norm cover it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,7 +11,7 @@ from gigamil.errors import BagError, ConfigError
 from gigamil.models.aggregator import build_aggregator, min_tiles
 from gigamil.models.bag import Bag, Pooled
 from gigamil.models.dropout import KeyedDropout
-from gigamil.models.encoder import TileEncoder, build_encoder
+from gigamil.models.encoder import GivenFeatures, TileEncoder, build_encoder
 
 if TYPE_CHECKING:
     from gigamil.config.schema import Science
@@ -20,7 +21,7 @@ class SlideModel(nn.Module):
     """A multiple-instance model in its two halves, which the exact step calls apart.
 
     Args:
-        encoder: tile -> embedding.
+        encoder: tile -> embedding, or `GivenFeatures`.
         aggregator: bag -> slide embedding, or logits.
         num_classes: K, logits per slide.
         dropout: keyed dropout on the slide embedding, with one mask per slide on all ranks.
@@ -28,7 +29,9 @@ class SlideModel(nn.Module):
         ConfigError: dropout on a slide embedding that the aggregator does not give.
     """
 
-    def __init__(self, encoder: TileEncoder, aggregator: nn.Module, num_classes: int, dropout: float = 0.0) -> None:
+    def __init__(
+        self, encoder: TileEncoder | GivenFeatures, aggregator: nn.Module, num_classes: int, dropout: float = 0.0
+    ) -> None:
         super().__init__()
         self.encoder = encoder
         self.aggregator = aggregator
@@ -43,7 +46,7 @@ class SlideModel(nn.Module):
             )
 
     def encode(self, image_nCHW: Tensor, tile_key_n: Tensor | None) -> Tensor:
-        """Tiles, RGB in 0..1 -> embeddings (n, D)."""
+        """Tiles, RGB in 0..1 -> embeddings (n, D); features stay what they are."""
         return self.encoder(image_nCHW, tile_key_n)
 
     def classify(self, bag: Bag) -> tuple[Tensor, Pooled]:
@@ -64,13 +67,31 @@ class SlideModel(nn.Module):
         return self.classify(*inputs)  # type: ignore[arg-type]
 
 
-def build_model(science: "Science", num_classes: int) -> SlideModel:
-    """The model that the configuration describes; random parameters are a function of `science.seed` only."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(science.seed)
-        encoder = build_encoder(science.encoder)
+def build_model(science: "Science", num_classes: int, dim: int | None = None) -> SlideModel:
+    """The model that the configuration describes; random parameters are a function of `science.seed` only.
+
+    Args:
+        science: of the configuration.
+        num_classes: K.
+        dim: D of cached features, which then take the encoder's place; None builds the encoder.
+    """
+    with _seeded(science.seed):
+        encoder = build_encoder(science.encoder) if dim is None else GivenFeatures(dim)
         aggregator = build_aggregator(science.aggregator.name, encoder.dim, num_classes, science.aggregator.options)
         return SlideModel(encoder, aggregator, num_classes, science.dropout)
+
+
+def build_encoder_alone(science: "Science") -> TileEncoder:
+    """The encoder of `build_model`, with the same parameters."""
+    with _seeded(science.seed):
+        return build_encoder(science.encoder)
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
 
 
 def refuse_small_bags(model: SlideModel, slide_ids: Sequence[str], sizes: Sequence[int]) -> None:

@@ -1,15 +1,23 @@
-"""The slides of a training run: sizes, labels and weights of each split, in one list that plans index."""
+"""The slides of a training run: sizes, labels and weights of each split, in one list that plans index; and their tiles."""
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from gigamil.config.schema import RunConfig
 from gigamil.data.cohort import CohortTable, load_cohort
+from gigamil.data.features import FeatureSet, FeatureSource, open_features
+from gigamil.data.slide_source import SlideSource
+from gigamil.data.source import ShardSource, TileSource
 from gigamil.data.split import Splits, load_splits
 from gigamil.errors import CohortError
+from gigamil.shards.cache import ShardCache
 from gigamil.shards.read import ShardSet
+
+TiledSlides = ShardSet | FeatureSet
 
 
 @dataclass(frozen=True)
@@ -32,11 +40,21 @@ class SlideSet:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Everything a run reads: table, splits, shards."""
+    """Everything a run reads: table, splits, and what says of each slide how many tiles it has, and where."""
 
     table: CohortTable
     splits: Splits
-    shards: ShardSet
+    shards: TiledSlides
+
+    @property
+    def dim(self) -> int | None:
+        """D where tiles are features already; None where they are images."""
+        return feature_dim(self.shards, self.splits.split_of())
+
+    @property
+    def paths(self) -> dict[str, Path]:
+        """Slide files by id."""
+        return {row.slide_id: row.path for row in self.table.rows}
 
     def slides(self, split: str) -> SlideSet:
         """The slides of a split, in the order of the table."""
@@ -45,18 +63,108 @@ class TrainingData:
         sizes = tuple(self.shards.manifest(slide_id).num_tiles for slide_id in slide_ids)
         return SlideSet(slide_ids, sizes, torch.tensor(labels, dtype=torch.int64))
 
+    def digest(self, slide_id: str) -> str:
+        """Digest of a slide's tiles, or of its features."""
+        if isinstance(self.shards, FeatureSet):
+            return self.shards.digest(slide_id)
+        manifest = self.shards.manifest(slide_id)
+        return manifest.index.sha256 if manifest.stored else f"{manifest.index.sha256} {manifest.source_fingerprint}"
+
 
 def load_training_data(config: RunConfig) -> TrainingData:
-    """Read and check the table, `<out>/splits.json` and the shards.
+    """Read and check the table, `<out>/splits.json`, and the shards or features.
 
     Raises:
         CohortError: a problem in the table or a leak in the splits.
-        ShardError: a slide of the splits has no shards, or was tiled otherwise than configured.
+        ShardError: a slide of the splits has no shards or features, or was tiled or encoded otherwise than configured.
     """
-    table = load_cohort(config.cohort, need_files=False)
-    splits = load_splits(config.bookkeeping.out / "splits.json", table)
+    table = load_cohort(config.cohort, need_files=config.data.source == "slides")
+    shards = open_tiles(config, table)
+    pictures = shards if isinstance(shards, ShardSet) else None  # features have neither files nor thumbnails to compare
+    path = config.bookkeeping.out / "splits.json"
+    splits = load_splits(path, table, pictures, config.cohort.near_duplicates)
     if not splits.train:
-        raise CohortError(f"'{config.bookkeeping.out / 'splits.json'}' has no slide to train on. Run `gigamil split`.")
-    shards = ShardSet(config.bookkeeping.shard_root)
-    shards.check_tiles(splits.split_of(), config.slides.tile_px, config.slides.tile_mpp)
+        raise CohortError(f"'{path}' has no slide to train on. Run `gigamil split`.")
+    check_tiles(config, shards, splits.split_of())
     return TrainingData(table, splits, shards)
+
+
+def open_tiles(config: RunConfig, table: CohortTable) -> TiledSlides:
+    """The slides that have tiles, or features, as `data.source` says.
+
+    Raises:
+        ShardError: there are none.
+    """
+    if config.data.source == "features":
+        return open_features(config, table)
+    return ShardSet(config.bookkeeping.shard_root, ShardCache.of(config.execution))
+
+
+def tiled_slides(config: RunConfig, table: CohortTable) -> list[str]:
+    """Ids of the slides that have tiles made as configured, or features: what may be split.
+
+    Raises:
+        ShardError: there are none at all.
+    """
+    shards = open_tiles(config, table)
+    if isinstance(shards, FeatureSet):
+        return list(shards.slide_ids)
+    settings = config.slides.model_dump()
+    return [slide_id for slide_id in shards.slide_ids if shards.made_with(slide_id, settings)]
+
+
+def check_tiles(config: RunConfig, shards: TiledSlides, slide_ids: Iterable[str]) -> None:
+    """Refuse slides without tiles or features, or with others than configured.
+
+    Raises:
+        ShardError, BagError: see `ShardSet.check_tiles` and `FeatureSet.check_tiles`.
+    """
+    if isinstance(shards, FeatureSet):
+        shards.check_tiles(slide_ids, config.slides.tile_px, config.science.encoder.name)
+    else:
+        shards.check_tiles(slide_ids, config.slides.tile_px, config.slides.tile_mpp)
+
+
+def open_source(
+    config: RunConfig,
+    shards: TiledSlides,
+    slide_ids: Sequence[str],
+    device: torch.device,
+    paths: Mapping[str, Path] | None = None,
+) -> TileSource:
+    """What a loader reads the tiles of these slides from, as `data.source` says.
+
+    Args:
+        shards: from `open_tiles`.
+        device: where a CUDA decoder works.
+        paths: slide files by id, for `data.source: slides`; None takes those of the slide table.
+    Raises:
+        EnvironmentFault: `execution.decoder` is not there.
+    """
+    if isinstance(shards, FeatureSet):
+        return FeatureSource(shards, slide_ids)
+    if config.data.source == "slides":
+        if paths is None:
+            paths = {row.slide_id: row.path for row in load_cohort(config.cohort, need_labels=False).rows}
+        return SlideSource(shards, paths, config)
+    return ShardSource(shards, config.slides.tile_px, config.execution.decoder, device)
+
+
+def feature_dim(shards: TiledSlides, slide_ids: Iterable[str]) -> int | None:
+    """D where tiles are features already; None where they are images."""
+    return shards.dim(slide_ids) if isinstance(shards, FeatureSet) else None
+
+
+def unused_keys(config: RunConfig) -> list[str]:
+    """What a configuration asks of an encoder, and `data.source: features` has no use for."""
+    part, optim, execution = config.science.encoder, config.science.optim, config.execution
+    asked = {
+        "science.augment": any(config.science.augment.model_dump().values()),
+        "science.encoder.lora_rank": part.lora_rank is not None,
+        "science.optim.lr_encoder": optim.lr_encoder > 0,
+        "science.optim.layer_decay": optim.layer_decay != 1,
+        "science.optim.freeze_encoder_epochs": optim.freeze_encoder_epochs > 0,
+        "execution.activation_checkpointing": execution.activation_checkpointing != "none",
+        "execution.compile": execution.compile,
+    }
+    return [key for key, is_asked in asked.items() if is_asked]

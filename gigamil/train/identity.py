@@ -13,10 +13,11 @@ from gigamil.train.cohort import TrainingData
 
 
 def run_identity(config: RunConfig, data: TrainingData) -> dict[str, Any]:
-    """What a checkpoint records: the part of the configuration that changes results, and a digest of splits and tiles."""
+    """What a checkpoint records: the part of the configuration that changes results, and a digest of splits and tiles, or of
+    splits and features."""
     digest = hashlib.sha256(data.splits.to_json().encode())
     for slide_id in sorted(data.splits.split_of()):
-        digest.update(f"{slide_id} {data.shards.manifest(slide_id).index.sha256}\n".encode())
+        digest.update(f"{slide_id} {data.digest(slide_id)}\n".encode())
     return {"science": science_digest_data(config), "data_sha256": digest.hexdigest()}
 
 
@@ -39,7 +40,7 @@ def refuse_other_run(identity: Mapping[str, Any], recorded: Mapping[str, Any], o
         )
     if recorded["data_sha256"] != identity["data_sha256"]:
         raise ConfigError(
-            f"'{out}' was trained on another split or on other tiles of its slides. Choose another bookkeeping.out, or "
+            f"'{out}' was trained on another split, or on other tiles or features of its slides. Choose another bookkeeping.out, or "
             "delete that folder to start again."
         )
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from gigamil.config.schema import RunConfig
 from gigamil.data.augment import augment_tiles
 from gigamil.data.pipeline import DrawKeys, StepLoader, StepTiles
-from gigamil.errors import ConfigError, Interrupted, TrainingError
+from gigamil.errors import Interrupted, TrainingError
 from gigamil.keyed import text_key
 from gigamil.memory.budget import chunks_to_keep, memory_budget
 from gigamil.metrics import auc
@@ -27,16 +27,16 @@ from gigamil.models.slide_model import SlideModel, build_model
 from gigamil.partition.schedule import StepPlan, epoch_order, plan_steps
 from gigamil.train.agree import StopSignals, agree, all_or_none, first_rank_says
 from gigamil.train.checkpoint import CheckpointStore
-from gigamil.train.cohort import SlideSet, load_training_data
+from gigamil.train.cohort import SlideSet, load_training_data, open_source, unused_keys
 from gigamil.train.engine import DeepSpeedEngine, TrainingState, deepspeed_config, make_optimizer
 from gigamil.train.identity import refuse_other_run, run_identity
 from gigamil.train.loss import class_weights, losses
 from gigamil.train.memory import MemoryMeter, import_encoder, peak_memory_bytes
-from gigamil.train.prepare import prepare_model
+from gigamil.train.prepare import prepare_model, warm_start
 from gigamil.train.recorder import Recorder
 from gigamil.train.records import git_commit, versions
 from gigamil.train.schedule import learning_rates
-from gigamil.train.step import ExactStep, Ranks, StepResult, fit_chunk
+from gigamil.train.step import FEATURE_ROWS, ExactStep, Ranks, StepResult, fit_chunk
 
 _log = logging.getLogger("gigamil")
 _MAX_SKIPPED_IN_A_ROW = 3
@@ -151,12 +151,19 @@ class Trainer:
         self._loss = losses[science.loss]
         num_classes = len(self.data.splits.classes)
         self._class_weight_K = class_weights(science.class_weights, self._train.label_S.tolist(), num_classes)
-        model = build_model(science, num_classes)
+        model = build_model(science, num_classes, self.data.dim)
         model.train()
         prepare_model(model, self.config, self._train, self._val, self._ranks.topology, self._device)
         self._shares = tuple(parameters_by_rate(model.encoder.backbone, science.optim.layer_decay))
+        data = self.data
+        self._source = open_source(self.config, data.shards, list(data.splits.split_of()), self._device, data.paths)
         if generation is None:
-            self._warm_start(model)
+            if science.warm_start is not None:
+                warm_start(model, science.warm_start)
+            if self._is_on_features and self._ranks.topology.rank == 0 and unused_keys(self.config):
+                _log.warning(
+                    "data.source=features trains no encoder; not used: %s", ", ".join(unused_keys(self.config))
+                )
             if self._ranks.topology.rank == 0 and has_blank_statistics(model.encoder):
                 _log.warning(
                     "BatchNorm of encoder %s keeps mean 0 and variance 1, as in a random start: give it "
@@ -174,22 +181,6 @@ class Trainer:
             self._store.mark_best(generation)  # a kill between the two pointers of a commit would lose it
         return model, state
 
-    def _warm_start(self, model: SlideModel) -> None:
-        folder = self.config.science.warm_start
-        if folder is None:
-            return
-        found, wanted = CheckpointStore(folder / "checkpoints").load_parameters("best"), model.state_dict()
-        odd = [
-            k
-            for k in found.keys() | wanted.keys()
-            if k not in found or k not in wanted or found[k].shape != wanted[k].shape
-        ]
-        if odd:
-            raise ConfigError(
-                f"science.warm_start: the model in '{folder}' is another one (for example {sorted(odd)[:3]})"
-            )
-        model.load_state_dict(found)
-
     def _make_step(self, slides: SlideSet, chunk: int, num_keep: int) -> ExactStep:
         science = self.config.science
         return ExactStep(
@@ -199,9 +190,9 @@ class Trainer:
             chunk=chunk,
             num_keep=num_keep,
             keys=DrawKeys(science.seed, slides.slide_ids),
-            augment=partial(augment_tiles, settings=science.augment),
+            augment=None if self._is_on_features else partial(augment_tiles, settings=science.augment),
             cache_bytes=self._device_bytes,
-            pad=self.config.execution.compile,
+            pad=self.config.execution.compile and not self._is_on_features,
         )
 
     def _train_epoch(self) -> None:
@@ -330,6 +321,8 @@ class Trainer:
     def _choose_memory(self) -> tuple[int, int]:
         """Tiles per encoder call, and calls whose graphs are kept: measured once and kept for the life of the run."""
         execution, before = self.config.execution, self.progress
+        if self._is_on_features:
+            return FEATURE_ROWS, 0  # no encoder, no graphs
         if before.num_keep is not None and before.memory_settings == self._memory_settings():
             return before.chunk or execution.chunk, before.num_keep
         if execution.memory != "auto":
@@ -372,10 +365,20 @@ class Trainer:
         return plan_steps(order, slides.sizes, per_step, topology.num_groups, topology.group_size)
 
     def _loader(self, slides: SlideSet) -> StepLoader:
-        prefetch = self.config.execution.prefetch
-        tile_px = self.config.slides.tile_px
-        topology = self._ranks.topology
-        return StepLoader(self.data.shards, slides.slide_ids, tile_px, topology, prefetch, self._main_bytes)
+        execution, tile_px, topology = self.config.execution, self.config.slides.tile_px, self._ranks.topology
+        return StepLoader(
+            self._source,
+            slides.slide_ids,
+            tile_px,
+            topology,
+            execution.prefetch,
+            self._main_bytes,
+            execution.decode_workers,
+        )
+
+    @property
+    def _is_on_features(self) -> bool:
+        return self.data.dim is not None
 
     def _is_early_stop(self) -> bool:
         patience = self.config.science.early_stop_epochs
@@ -405,6 +408,8 @@ class Trainer:
             "group_size": topology.group_size,
             "zero_stage": self.config.execution.zero_stage,
             "device": str(self._device),
+            "source": self.config.data.source,
+            "decoder": getattr(self._source, "decoder", None),
             "kept_chunks": self.progress.num_keep,
             "slides": {"train": len(self._train), "val": len(self._val), "test": len(self.data.splits.test)},
             "tiles": {"train": sum(self._train.sizes), "val": sum(self._val.sizes)},

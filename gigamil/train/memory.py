@@ -80,6 +80,8 @@ def import_encoder(config: "RunConfig") -> None:
     Raises:
         ConfigError, EnvironmentFault: as `build_encoder`.
     """
+    if config.data.source == "features":  # what made them need not be here
+        return
     with torch.device("meta"):
         build_encoder(config.science.encoder.model_copy(update={"weights": None}))
 

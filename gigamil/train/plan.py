@@ -27,17 +27,21 @@ from torch.utils._pytree import tree_leaves
 
 from gigamil.config.schema import RunConfig
 from gigamil.data.augment import augment_tiles, to_float
+from gigamil.data.features import FeatureSet, features_folder
+from gigamil.data.h5 import read_features_header
 from gigamil.errors import ConfigError, GigamilError
 from gigamil.memory.budget import chunks_to_keep, free_device_memory
 from gigamil.memory.checkpointing import checkpoint_blocks
-from gigamil.memory.peak import CallBytes, LiveBytes, measure_calls
+from gigamil.memory.peak import CallBytes, Linear, LiveBytes, measure_calls
 from gigamil.models.aggregator import min_tiles
 from gigamil.models.bag import Bag, LocalPool, Pool, Pooled, Ranges
+from gigamil.models.encoder import TileEncoder
 from gigamil.models.slide_model import SlideModel, build_model
 from gigamil.partition.schedule import StepPlan, plan_steps
 from gigamil.partition.spans import owned_range
 from gigamil.train.cohort import load_training_data
 from gigamil.train.engine import deepspeed_config, make_optimizer
+from gigamil.train.step import FEATURE_ROWS
 
 # Resident memory of a rank that is no tensor: code that oneDNN makes, thread buffers, indices, Python's objects.
 # Measured with an encoder of 60 kB (tests/engine/test_plan.py), whose tensors are next to nothing.
@@ -47,6 +51,7 @@ _TISSUE_MM2 = 100.0
 # Tiles of a rank with which an aggregator is measured that cannot do without values: more than a block of
 # `gigamil.models.rowwise`, from which on memory is a straight line.
 _FEW_TILES = 4608
+_NO_CALL = CallBytes(*[Linear(0, 0)] * 4)  # of features, which nothing encodes
 _UNITS = {"": 1, "B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
@@ -83,7 +88,7 @@ class Plan:
         peak: bytes above the process's start.
         available: bytes that there are for a rank; None if that is not known.
         traffic: bytes that a rank sends per step, by purpose.
-        cost: forwards of one tile that a tile costs: 4 - f, or 5 - f with activation checkpointing.
+        cost: forwards of one tile that a tile costs: 4 - f, or 5 - f with activation checkpointing; 0 on features.
         remedies: changes that would make it fit, each with its peak; empty if it fits.
     """
 
@@ -114,6 +119,7 @@ class Plan:
         step = f"step of {self.tiles_largest} tiles at most, {self.tiles_typical} typically ({self.slides})"
         chunks = f"{self.tiles_rank} tiles in {self.num_chunks} chunks of {self.chunk}, {self.num_kept} kept"
         most = round(self.cost + self.kept_share)  # 4, or 5 with activation checkpointing
+        cost = f"{self.cost:.2f} forwards ({most - 1} where all graphs are kept, {most} where none is)"
         lines = [
             f"{self.ranks} rank(s) on {self.device}; {step}",
             f"busiest rank: {chunks}: f = {self.kept_share:.2f}",
@@ -124,7 +130,7 @@ class Plan:
             "sent per rank and step",
             *_table(self.traffic),
             "",
-            f"cost per tile: {self.cost:.2f} forwards ({most - 1} where all graphs are kept, {most} where none is)",
+            f"cost per tile: {cost if self.cost else 'no encoder: its features are read'}",
         ]
         if self.available is None:
             return "\n".join(lines)
@@ -157,6 +163,8 @@ class _Model:
             for; None where it cannot be had.
         head: (tiles of each slide of a group, its ranks) -> bytes of aggregator and head on one of them.
         dim: D.
+        row_bytes: of a tile, or of its features.
+        has_encoder: False on features.
     """
 
     trained: int
@@ -167,6 +175,8 @@ class _Model:
     recomputed: Callable[[], CallBytes | None]
     head: Callable[[tuple[int, ...], int], _HeadBytes]
     dim: int
+    row_bytes: int
+    has_encoder: bool
 
 
 def plan_run(
@@ -187,6 +197,7 @@ def plan_run(
         model: what the configuration describes, on the CPU, as the engine takes it; None builds it.
     Raises:
         ConfigError: the configuration does not make a model, or a GPU's memory is neither told nor here.
+        ShardError: `data.source: features` and there is none yet.
     Cost: a few forwards and backwards of a handful of tiles; memory of the model and its gradients.
     """
     from gigamil.train.prepare import set_batchnorm  # which refuses by a plan
@@ -205,8 +216,9 @@ def plan_run(
         # Memory does not depend on the weights: a file of them need not be there yet.
         encoder = config.science.encoder.model_copy(update={"weights": None})
         science = config.science.model_copy(update={"encoder": encoder})
-        model = build_model(science, len(config.cohort.classes or (0, 1))).train()
-        set_batchnorm(model.encoder, config.execution)
+        model = build_model(science, len(config.cohort.classes or (0, 1)), _feature_dim(config)).train()
+        if isinstance(model.encoder, TileEncoder):
+            set_batchnorm(model.encoder, config.execution)
     measured = _measure(config, model)
     execution = config.execution.model_copy(update={"ranks": ranks})
     config = config.model_copy(update={"execution": execution})
@@ -292,6 +304,14 @@ def _slide_sizes(config: RunConfig, tiles: int | None) -> tuple[list[int], str]:
         ] * per_step, f"no shards yet: {_TISSUE_MM2:g} mm2 of tissue a slide assumed; --tiles N says otherwise"
 
 
+def _feature_dim(config: RunConfig) -> int | None:
+    """D of any slide, where tiles are features already."""
+    if config.data.source != "features":
+        return None
+    features = FeatureSet(features_folder(config), config.slides.tile_px * config.slides.tile_mpp)
+    return read_features_header(features.path(features.slide_ids[0])).dim
+
+
 def _largest_step(config: RunConfig, sizes: Sequence[int]) -> StepPlan:
     """The step of the largest slides: no epoch has a larger one."""
     per_step, ranks = config.science.slides_per_step, config.execution.ranks
@@ -307,16 +327,19 @@ def _measure(config: RunConfig, model: SlideModel) -> _Model:
     groups = make_optimizer(model, config).param_groups
     # Large models at one and two tiles, small ones where more tiles cost nothing.
     numbers = (1, 2) if all_bytes > 200e6 else (2, 6)
-    call = measure_calls(_encode(config, model), model, numbers)
+    has_encoder = isinstance(model.encoder, TileEncoder)
+    call = measure_calls(_encode(config, model), model, numbers) if has_encoder else _NO_CALL
     return _Model(
         trained=trained_bytes,
         fixed=all_bytes - trained_bytes,
         largest_group=max(sum(parameter.nbytes for parameter in group["params"]) for group in groups),
         largest_tensor=max(parameter.nbytes for parameter in trained),
         call=call,
-        recomputed=functools.cache(lambda: _measure_recomputed(config, model, numbers)),
+        recomputed=functools.cache(lambda: _measure_recomputed(config, model, numbers) if has_encoder else None),
         head=functools.cache(functools.partial(_head_bytes, model)),
         dim=model.encoder.dim,
+        row_bytes=config.slides.tile_px**2 * 3 if has_encoder else model.encoder.dim * 4,
+        has_encoder=has_encoder,
     )
 
 
@@ -531,7 +554,8 @@ def _predict(
     step = _largest_step(config, sizes)
     group_sizes = max((step.group_sizes(group) for group in range(len(step.groups))), key=sum)
     num_tiles = -(-sum(group_sizes) // step.group_size)
-    chunk, num_chunks = min(execution.chunk, max(1, num_tiles)), step.max_calls(execution.chunk)
+    most_rows = execution.chunk if model.has_encoder else FEATURE_ROWS
+    chunk, num_chunks = min(most_rows, max(1, num_tiles)), step.max_calls(most_rows)
     recomputed = None if execution.activation_checkpointing == "none" else model.recomputed()
     call = recomputed or model.call
 
@@ -551,10 +575,10 @@ def _predict(
         states.append(Row("own part of the gradients, and their bucket", trained // ranks + bucket))
     static = sum(row.bytes for row in states)
 
-    tile_bytes = num_tiles * config.slides.tile_px**2 * 3
+    tile_bytes = num_tiles * model.row_bytes
     limit = execution.tile_cache if execution.tile_cache is not None else 0.25
     cache = int(limit if limit > 1 else limit * max(0, available - static))
-    held, tiles_note = _tiles(config, tile_bytes, cache, chunk, on_gpu)
+    held, tiles_note = _tiles(config, tile_bytes, cache, chunk * model.row_bytes, on_gpu)
     embeddings = 2 * num_tiles * model.dim * 4
     head = model.head(group_sizes, step.group_size)
 
@@ -569,7 +593,7 @@ def _predict(
     rest = static + held + embeddings + head.memory + gradients + later + max(reduced + reduction, update)
     rest += 0 if on_gpu else PROCESS_BYTES
     budget = _budget(execution.memory_budget, available, rest)
-    num_kept = min(num_chunks, chunks_to_keep(execution.memory, kept_chunk, budget))
+    num_kept = min(num_chunks, chunks_to_keep(execution.memory, kept_chunk, budget)) if model.has_encoder else 0
     kept_tiles = min(num_tiles, num_kept * chunk)
     kept = sum(call.kept.at(min(chunk, num_tiles - start)) for start in range(0, kept_tiles, chunk))
     blind = call.blind.at(chunk)
@@ -624,16 +648,16 @@ def _predict(
         peak=sum(row.bytes for row in rows),
         available=available,
         traffic=_traffic(config, model, head.sent),
-        cost=(4 if execution.activation_checkpointing == "none" else 5) - f,
+        cost=(4 if execution.activation_checkpointing == "none" else 5) - f if model.has_encoder else 0,
         remedies=(),
     )
 
 
-def _tiles(config: RunConfig, tile_bytes: int, cache: int, chunk: int, on_gpu: bool) -> tuple[int, str]:
-    """Bytes of decoded tiles on the device, as StepLoader and ChunkFeed hold them."""
+def _tiles(config: RunConfig, tile_bytes: int, cache: int, chunk_bytes: int, on_gpu: bool) -> tuple[int, str]:
+    """Bytes of decoded tiles, or of features, on the device, as StepLoader and ChunkFeed hold them."""
     prefetch = config.execution.prefetch
     steps = prefetch + 2 if prefetch else 1
-    two_chunks = 2 * chunk * config.slides.tile_px**2 * 3
+    two_chunks = 2 * chunk_bytes
     if on_gpu:
         return min(tile_bytes, cache) + two_chunks, "kept between the passes; steps ahead lie in main memory"
     if tile_bytes * steps <= cache:
@@ -672,11 +696,11 @@ def _remedies(config: RunConfig, model: _Model, sizes: Sequence[int], plan: Plan
         return other if other.fits else None
 
     candidates: list[tuple[str, dict[str, object]]] = []
-    if execution.memory == "keep":
+    if execution.memory == "keep" and model.has_encoder:
         candidates.append(("execution.memory auto", {"memory": "auto"}))
     candidates.append(("execution.tile_cache 0.05", {"tile_cache": 0.05}))
     chunk = plan.chunk
-    while chunk > 1:
+    while chunk > 1 and model.has_encoder:
         chunk //= 2
         candidates.append((f"execution.chunk {chunk}", {"chunk": chunk, "memory": "auto"}))
     if plan.device == "cuda" and execution.zero_stage in (1, 2):

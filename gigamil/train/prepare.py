@@ -1,16 +1,20 @@
 """What a configuration does to a model between its making and the engine: checks, and how the encoder is computed."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
+from gigamil.errors import ConfigError
 from gigamil.models.compiled import compile_encoder
+from gigamil.models.encoder import GivenFeatures
 from gigamil.models.fold import fold_batchnorm
 from gigamil.models.probe import refuse_tile_mixing
 from gigamil.models.slide_model import SlideModel, refuse_small_bags
 from gigamil.parallel.topology import Topology
 from gigamil.train.activation_checkpointing import checkpoint_encoder
+from gigamil.train.checkpoint import CheckpointStore
 from gigamil.train.cohort import SlideSet
 from gigamil.train.plan import refuse_unfit
 
@@ -41,8 +45,10 @@ def prepare_model(
             encoder has no blocks to recompute.
         EnvironmentFault: `execution.compile` without a compiler.
     """
-    refuse_tile_mixing(model.encoder, config.slides.tile_px)
     refuse_small_bags(model, (*train.slide_ids, *val.slide_ids), (*train.sizes, *val.sizes))
+    if isinstance(model.encoder, GivenFeatures):
+        return
+    refuse_tile_mixing(model.encoder, config.slides.tile_px)
     set_batchnorm(model.encoder, config.execution)
     refuse_unfit(config, model, train.sizes, topology.world_size, device, topology.local_size)
     backbone = model.encoder.backbone
@@ -55,3 +61,28 @@ def set_batchnorm(encoder: nn.Module, execution: "Execution") -> None:
     """Fold BatchNorm where `execution` asks for it; the compiler does better without."""
     if execution.fold_batchnorm and not execution.compile:
         fold_batchnorm(encoder)
+
+
+def warm_start(model: SlideModel, run: Path) -> None:
+    """Start from the best weights of another run.
+
+    From a run on features only its head is taken, and only the head goes to a model on features: the encoder is then the
+    one that made the features, or that is trained next.
+
+    Raises:
+        CheckpointError: the run has no checkpoint.
+        ConfigError: its model is another one.
+    """
+    found, wanted = CheckpointStore(run / "checkpoints").load_parameters("best"), model.state_dict()
+    both_have_encoders = all(any(map(_is_encoder, names)) for names in (found, wanted))
+    if not both_have_encoders:
+        found, wanted = ({k: v for k, v in state.items() if not _is_encoder(k)} for state in (found, wanted))
+    names = found.keys() | wanted.keys()
+    odd = [k for k in names if k not in found or k not in wanted or found[k].shape != wanted[k].shape]
+    if odd:
+        raise ConfigError(f"science.warm_start: the model in '{run}' is another one (for example {sorted(odd)[:3]})")
+    model.load_state_dict(found, strict=both_have_encoders)
+
+
+def _is_encoder(name: str) -> bool:
+    return name.startswith("encoder.")

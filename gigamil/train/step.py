@@ -30,6 +30,9 @@ from gigamil.partition.spans import chunk_ranges
 from gigamil.train.loss import SlideLoss, group_loss, slide_losses
 from gigamil.train.plain import Engine
 
+# Cached features per call of what stands in for the encoder; it passes on any number of them.
+FEATURE_ROWS = 2**14
+
 Prepare = Callable[[Tensor, Tensor], Tensor]
 Result = TypeVar("Result")
 
@@ -485,16 +488,16 @@ class _Calls:
     def _encode(self, start: int, stop: int) -> Tensor:
         """Embeddings of rows start..stop - 1; no rows give that of one blank tile."""
         if start == stop:
-            side = self.tiles.images.side
-            return self._call(torch.zeros((1, side, side, 3), dtype=torch.uint8, device=self._engine.device), None, 1)
+            blank = torch.zeros((1, *self.tiles.images.shape), dtype=torch.uint8, device=self._engine.device)
+            return self._call(blank, None, 1)
         try:
             image_cHWC = self._feed.get(start, stop, self._upcoming)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # noqa: BLE001 - given to the caller, who agrees on it with the other ranks
             self.error = self.error or error
-            side = self.tiles.images.side
-            image_cHWC = torch.full((stop - start, side, side, 3), torch.nan, device=self._engine.device)
+            shape = (stop - start, *self.tiles.images.shape)
+            image_cHWC = torch.full(shape, torch.nan, device=self._engine.device)
         return self._call(image_cHWC, None if self.tile_key_n is None else self.tile_key_n[start:stop], stop - start)
 
     def _call(self, image_cHWC: Tensor, tile_key_c: Tensor | None, rows: int) -> Tensor:

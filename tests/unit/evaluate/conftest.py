@@ -35,7 +35,8 @@ def some_attention(shards: ShardSet, slide_id: str) -> Attention:
     """Attention that grows with the tile number."""
     index = shards.index(slide_id)
     weight = np.arange(1, len(index) + 1, dtype=np.float32)
-    return Attention(slide_id, index.number, index.x_um, index.y_um, weight / weight.sum(), TILE_PX * TILE_MPP)
+    size = TILE_PX * TILE_MPP, TILE_PX * TILE_MPP
+    return Attention(slide_id, index.number, index.x_um, index.y_um, weight / weight.sum(), size, size)
 
 
 @pytest.fixture

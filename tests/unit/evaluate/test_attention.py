@@ -16,15 +16,16 @@ def row_of_tiles(weights: list[float], tile_um: float = 100.0) -> Attention:
     """Tiles in one row, from the origin to the right."""
     count = len(weights)
     attention = np.array(weights, dtype=np.float32) / np.float32(sum(weights))
-    return Attention("s", np.arange(count), np.arange(count) * tile_um, np.zeros(count), attention, tile_um)
+    size = tile_um, tile_um
+    return Attention("s", np.arange(count), np.arange(count) * tile_um, np.zeros(count), attention, size, size)
 
 
 def test_round_trip_of_a_dotted_id(tmp_path: Path) -> None:
     slide_id = "TCGA-83-5908-01Z-00-DX1.381c8f82"
-    written = replace(row_of_tiles([1, 2, 5], tile_um=112.4), slide_id=slide_id)
+    written = replace(row_of_tiles([1, 2, 5]), slide_id=slide_id, tile_um=(112.4, 113.1), stride_um=(56.2, 56.55))
     write_attention(attention_path(tmp_path, slide_id), written)
     found = read_attention(attention_path(tmp_path, slide_id))
-    assert (found.slide_id, found.tile_um) == (slide_id, 112.4)
+    assert (found.slide_id, found.tile_um, found.stride_um) == (slide_id, (112.4, 113.1), (56.2, 56.55))
     for name in ("number_N", "x_um_N", "y_um_N", "attention_N"):
         np.testing.assert_array_equal(getattr(found, name), getattr(written, name))
     assert found.attention_N.dtype == np.float32
@@ -47,13 +48,14 @@ def test_top_is_by_attention_then_by_number() -> None:
         ({"attention": pa.array([1.5, -0.5], pa.float32())}, "non-negative"),
         ({"attention": pa.array([float("nan"), 1.0], pa.float32())}, "sums to nan"),
         ({"x_um": None}, "lacks x_um"),
-        ({"metadata": {}}, "lacks tile_um"),
+        ({"metadata": {}}, "lacks tile_um, stride_um"),
+        ({"metadata": {b"tile_um": b"100.0", b"stride_um": b"50.0 50.0"}}, "lacks tile_um. Run"),
     ],
 )
 def test_wrong_tables_are_refused(tmp_path: Path, change: dict, message: str) -> None:
     columns = {"number": pa.array([0, 1]), "x_um": pa.array([0.0, 1.0]), "y_um": pa.array([0.0, 0.0])}
     columns["attention"] = pa.array([0.5, 0.5], pa.float32())
-    metadata = change.pop("metadata", {b"tile_um": b"100.0"})
+    metadata = change.pop("metadata", {b"tile_um": b"100.0 100.0", b"stride_um": b"100.0 100.0"})
     columns = {name: value for name, value in {**columns, **change}.items() if value is not None}
     pq.write_table(pa.table(columns).replace_schema_metadata(metadata), tmp_path / "s.parquet")
     with pytest.raises(ShardError, match=f"slide 's'.*{message}"):
@@ -82,6 +84,8 @@ def test_a_shared_edge_is_not_a_touch() -> None:
     assert lesion_hit(attention, [(100.0, 0.0, 200.0, 100.0)], fraction=0.5) == 0.0
     assert lesion_hit(attention, [(99.9, 0.0, 200.0, 100.0)], fraction=0.5) == 1.0
     assert lesion_hit(attention, [(0.0, 100.0, 200.0, 300.0)], fraction=1.0) == 0.0
+    taller = replace(attention, tile_um=(100.0, 101.0))
+    assert lesion_hit(taller, [(0.0, 100.0, 200.0, 300.0)], fraction=1.0) == 1.0
 
 
 def test_lesion_hit_without_a_lesion_is_an_error() -> None:

@@ -15,7 +15,8 @@ ATTENTION = Attention(
     x_um_N=np.array([0.0, 100.0, 200.0]),
     y_um_N=np.array([50.0, 50.0, 150.0]),
     attention_N=np.array([0.25, 0.125, 0.625], dtype=np.float32),
-    tile_um=100.0,
+    tile_um=(100.0, 101.0),
+    stride_um=(50.0, 50.5),
 )
 
 
@@ -31,8 +32,8 @@ def test_tiles_are_closed_rectangles_in_level_0_pixels(tmp_path: Path) -> None:
     assert len(others) == 2
     assert first["type"] == "Feature"
     assert first["geometry"]["type"] == "Polygon"
-    # x: 200 um / 0.5 - 30, width 100 / 0.5; y: 150 um / 0.25 + 7, height 100 / 0.25
-    ring = [[370.0, 607.0], [570.0, 607.0], [570.0, 1007.0], [370.0, 1007.0], [370.0, 607.0]]
+    # x: 200 um / 0.5 - 30, width 100 / 0.5; y: 150 um / 0.25 + 7, height 101 / 0.25
+    ring = [[370.0, 607.0], [570.0, 607.0], [570.0, 1011.0], [370.0, 1011.0], [370.0, 607.0]]
     assert first["geometry"]["coordinates"] == [ring]
 
 

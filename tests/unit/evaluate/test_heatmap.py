@@ -24,7 +24,8 @@ WHITE = np.full((40, 40, 3), 255, dtype=np.uint8)
 def grid(columns: int, rows: int, weights: np.ndarray, tile_um: float = 10.0) -> Attention:
     y, x = np.divmod(np.arange(columns * rows), columns)
     attention = (weights / weights.sum()).astype(np.float32)
-    return Attention("s", np.arange(columns * rows), x * tile_um, y * tile_um, attention, tile_um)
+    size = tile_um, tile_um
+    return Attention("s", np.arange(columns * rows), x * tile_um, y * tile_um, attention, size, size)
 
 
 def test_colour_starts_at_an_even_share_and_lies_on_its_tile() -> None:
@@ -43,11 +44,21 @@ def test_colour_starts_at_an_even_share_and_lies_on_its_tile() -> None:
     assert (norm.vmin, norm.vmax) == (1.0, 10.0)
 
 
+def test_overlapping_tiles_each_show_their_middle() -> None:
+    """Tiles of 20 x 24 um at strides of 10 x 8: pixels of a stride, none hidden, centred on their tiles."""
+    attention = replace(grid(3, 2, np.array([1, 1, 1, 1, 9, 1])), tile_um=(20.0, 24.0), stride_um=(10.0, 8.0))
+    attention = replace(attention, y_um_N=attention.y_um_N * 0.8)
+    axes = Figure().add_subplot()
+    _draw_attention(axes, attention)
+    (image,) = axes.images
+    assert image.get_extent() == [5.0, 35.0, 24.0, 8.0]
+    assert (np.asarray(image.get_array())[..., 3] == OPACITY).tolist() == [[False] * 3, [False, True, False]]
+
+
 def test_positions_without_a_tile_stay_empty() -> None:
     whole = grid(3, 1, np.ones(3))
-    gap = Attention(
-        "s", whole.number_N[[0, 2]], whole.x_um_N[[0, 2]], whole.y_um_N[[0, 2]], whole.attention_N[[0, 2]], 10.0
-    )
+    columns = {name: getattr(whole, name)[[0, 2]] for name in ("number_N", "x_um_N", "y_um_N", "attention_N")}
+    gap = replace(whole, **columns)
     axes = Figure().add_subplot()
     _draw_attention(axes, gap)
     assert np.asarray(axes.images[0].get_array())[0, :, 3].tolist() == pytest.approx([TINT[3], 0, TINT[3]])

@@ -3,16 +3,19 @@
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from gigamil.config.load import load_config
 from gigamil.config.schema import RunConfig
 from gigamil.data.cohort import load_cohort
+from gigamil.data.h5 import write_features
 from gigamil.data.split import make_splits, save_splits
-from gigamil.errors import BagError, CohortError, ShardError
+from gigamil.errors import BagError, CohortError, ConfigError, ShardError
 from gigamil.shards.read import ShardSet
 from gigamil.testing.shards import make_shards, noise_jpegs
-from gigamil.train.cohort import load_training_data
+from gigamil.train.cohort import load_training_data, unused_keys
+from gigamil.train.identity import refuse_other_run, run_identity
 
 SIZES = {"a1": 3, "a2": 1, "b1": 2, "b2": 4, "c1": 2, "c2": 5, "d1": 1, "d2": 2}
 
@@ -62,3 +65,48 @@ def test_without_a_split_or_a_slide_to_train_on_it_is_told(config: RunConfig) ->
     path.unlink()
     with pytest.raises(CohortError, match="no split at .*gigamil split"):
         load_training_data(config)
+
+
+def with_features(config: RunConfig, seed: int = 0, **science: object) -> RunConfig:
+    """The same run on features of its slides."""
+    folder = config.bookkeeping.out / f"features{seed}"
+    for number, (slide_id, size) in enumerate(SIZES.items()):
+        features = np.random.default_rng((seed, number)).normal(size=(size, 4)).astype(np.float32)
+        coords = np.arange(2 * size).reshape(size, 2) * 16
+        write_features(folder / f"{slide_id}.h5", features, coords, {"patch_size": 16, "patch_size_level0": 16})
+    data = {"source": "features", "features": folder}
+    return RunConfig.model_validate(config.model_dump() | {"data": data, "science": science})
+
+
+def test_features_take_the_place_of_shards(config: RunConfig) -> None:
+    shutil.rmtree(config.bookkeeping.shard_root)
+    data = load_training_data(with_features(config))
+    assert data.dim == 4
+    slides = data.slides("train")
+    assert slides.sizes == tuple(SIZES[slide_id] for slide_id in slides.slide_ids)
+
+
+def test_a_run_belongs_to_its_source_and_to_its_features(config: RunConfig) -> None:
+    def identity(of: RunConfig) -> dict[str, object]:
+        return run_identity(of, load_training_data(of))
+
+    recorded, out = identity(with_features(config)), config.bookkeeping.out
+    refuse_other_run(identity(with_features(config)), recorded, out)
+    with pytest.raises(ConfigError, match="another split, or on other tiles or features of its slides"):
+        refuse_other_run(identity(with_features(config, seed=1)), recorded, out)
+    with pytest.raises(ConfigError, match="different: data.source"):
+        refuse_other_run(identity(config), recorded, out)
+
+
+def test_what_only_an_encoder_could_use_is_named(config: RunConfig) -> None:
+    plain = {"flips": False, "turns": False, "brightness": 0, "contrast": 0, "saturation": 0, "stain": 0}
+    assert unused_keys(with_features(config, augment=plain, optim={"lr_encoder": 0})) == []
+    optim = {"layer_decay": 0.5, "freeze_encoder_epochs": 1}
+    found = unused_keys(with_features(config, optim=optim, encoder={"lora_rank": 2}))
+    assert found == [
+        "science.augment",
+        "science.encoder.lora_rank",
+        "science.optim.lr_encoder",
+        "science.optim.layer_decay",
+        "science.optim.freeze_encoder_epochs",
+    ]

@@ -3,13 +3,15 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from gigamil import cli
 from gigamil.config.schema import RunConfig
-from gigamil.errors import ConfigError
+from gigamil.data.h5 import write_features
+from gigamil.errors import ConfigError, ShardError
 from gigamil.memory.peak import LiveBytes
 from gigamil.models.aggregator import build_aggregator
 from gigamil.models.bag import Bag, LocalPool, Pooled
@@ -243,3 +245,27 @@ def test_the_cost_names_its_ends(checkpointing: str, words: str) -> None:
     text = plan_run(settings, tiles=100, device_memory=8 * GB).text()
     least = int(words[0])
     assert f"{least + 1:.2f} forwards ({words} graphs are kept, {least + 1} where none is)" in text
+
+
+def test_features_need_no_encoder_but_room_for_their_rows(tmp_path: Path) -> None:
+    attrs = {"patch_size": 32, "patch_size_level0": 32}
+    write_features(tmp_path / "a.h5", np.zeros((3, 512), np.float32), np.zeros((3, 2), np.int64), attrs)
+    data = {"source": "features", "features": tmp_path}
+    cached = RunConfig.model_validate(config().model_dump() | {"data": data})
+    plan = plan_run(cached, tiles=1000, device_memory=8 * GB)
+    assert (plan.cost, plan.num_kept, plan.num_chunks) == (0, 0, 1)
+    assert row(plan, "tiles") == 5 * 1000 * 512 * 4  # four steps ahead, and one while it is put together
+    assert row(plan, "embeddings") == 2 * 1000 * 512 * 4
+    assert row(plan, "kept graphs") == 0
+    head = build_model(cached.science, 2, dim=512)
+    assert row(plan, "parameters") == sum(parameter.nbytes for parameter in head.parameters())
+    assert "no encoder" in plan.text()
+    small = plan_run(cached, tiles=1000, device_memory=10**6)
+    assert not small.fits
+    assert not any("chunk" in words or "checkpointing" in words for words in small.remedies)
+
+
+def test_a_plan_on_features_that_are_not_there_says_what_to_type(tmp_path: Path) -> None:
+    cached = RunConfig.model_validate(config().model_dump() | {"data": {"source": "features", "features": tmp_path}})
+    with pytest.raises(ShardError, match="no features in .*gigamil features"):
+        plan_run(cached, tiles=1000, device_memory=8 * GB)
