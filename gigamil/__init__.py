@@ -11,9 +11,11 @@ if TYPE_CHECKING:
     from gigamil.config.load import load_config as load_config
     from gigamil.config.schema import RunConfig as RunConfig
     from gigamil.data.init import init_config as init_config
+    from gigamil.data.inspect import inspect_cohort as inspect_cohort
     from gigamil.data.tile import tile_cohort as tile_cohort
     from gigamil.demo import run_demo as run_demo
     from gigamil.doctor import run_doctor as run_doctor
+    from gigamil.evaluate.features import cache_features as cache_features
     from gigamil.evaluate.predict import load_model as load_model
     from gigamil.evaluate.predict import predict_slides as predict_slides
     from gigamil.models.aggregator import aggregators as aggregators
@@ -42,9 +44,11 @@ _HOMES = {
     "config.load": ("load_config",),
     "config.schema": ("RunConfig",),
     "data.init": ("init_config",),
+    "data.inspect": ("inspect_cohort",),
     "data.tile": ("tile_cohort",),
     "demo": ("run_demo",),
     "doctor": ("run_doctor",),
+    "evaluate.features": ("cache_features",),
     "evaluate.predict": ("load_model", "predict_slides"),
     "models.aggregator": ("aggregators",),
     "models.bag": ("Bag", "Pooled"),
@@ -74,10 +78,12 @@ __all__ = [
     "SlideModel",
     "Trainer",
     "aggregators",
+    "cache_features",
     "draw_heatmaps",
     "encoders",
     "evaluate_model",
     "init_config",
+    "inspect_cohort",
     "inspect_slide",
     "load_config",
     "load_model",

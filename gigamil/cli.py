@@ -66,7 +66,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"gigamil {_version()}")
     verbs = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    def verb(name: str, function: Callable[..., int], words: str, config: bool = True) -> argparse.ArgumentParser:
+    def verb(
+        name: str, function: Callable[..., int], words: str, config: bool = True, file: str = "CONFIG.yaml"
+    ) -> argparse.ArgumentParser:
         sub = verbs.add_parser(
             name,
             help=words,
@@ -76,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
         )
         sub.set_defaults(verb=function)
         if config:
-            sub.add_argument("config", metavar="CONFIG.yaml", help="configuration of the run")
+            sub.add_argument("config", metavar=file, help="configuration of the run")
             sub.add_argument(
                 "--limit", type=int, metavar="N", help="only N slides of each split and class: a smoke run"
             )
@@ -99,14 +101,40 @@ def _parser() -> argparse.ArgumentParser:
     init.add_argument("--overwrite", action="store_true", help="replace files that are there")
     doctor = verb("doctor", _doctor, "check this machine and say how to cure what is wrong", config=False)
     doctor.add_argument("--out", type=Path, metavar="DIR", help="folder that runs will be written to")
-    inspect = verb("inspect", _inspect, "format, levels, mpp, tissue and tiles of slide files", config=False)
-    inspect.add_argument("slides", nargs="+", metavar="SLIDE", help="slide files, or folders of DICOM files")
+    inspect = verb(
+        "inspect", _inspect, "what is in slide files, or in a whole cohort, and what tiling gives", config=False
+    )
+    inspect.add_argument(
+        "slides",
+        nargs="+",
+        metavar="SLIDE|FOLDER|CONFIG.yaml|TABLE.csv",
+        help="slide files, or DICOM folders: a report on each; folders of slides, a configuration or a slide table: "
+        "one table, with expected storage and time",
+    )
     inspect.add_argument("--mpp", type=_positive, help="micron per pixel, for files that carry none")
-    inspect.add_argument("--tile-px", type=_count, default=224, help="tile side in pixels (%(default)s)")
-    inspect.add_argument("--tile-mpp", type=_positive, default=0.5, help="micron per pixel of a tile (%(default)s)")
-    verb("tile", _tile, "slides -> shards of tissue tiles")
-    split = verb("split", _split, "train, validation and test slides, by patient")
+    inspect.add_argument("--tile-px", type=_count, help="tile side in pixels (224)")
+    inspect.add_argument("--tile-mpp", type=_positive, help="micron per pixel of a tile (0.5)")
+    inspect.add_argument("--html", type=Path, metavar="FILE", help="write the table and histograms as a page, too")
+    inspect.set_defaults(config=None)  # keys of the configuration may follow
+    tile = verb("tile", _tile, "slides -> shards of tissue tiles")
+    tile.add_argument("--shard", type=_part, metavar="I/N", help="only the I-th of N parts, as a job of an array")
+    split = verb("split", _split, "train, validation and test slides, by patient", file="CONFIG.yaml|LABELS.csv")
     split.add_argument("--again", action="store_true", help="make a new split, if nothing was trained on the old one")
+    split.add_argument("--folds", type=_count, metavar="K", help="K-fold cross-validation: cohort.folds K")
+    split.add_argument("--by-site", action="store_true", help="keep sites whole: cohort.preserve_sites true")
+    labels = split.add_argument_group("of a label table, without slides")
+    labels.add_argument("--out", type=Path, metavar="DIR", help="folder for folds.json and folds.csv")
+    for name in ("slide", "patient", "label"):
+        labels.add_argument(f"--{name}-column", metavar="NAME", help=f"column of the {name}")
+    labels.add_argument("--patient-is-slide", action="store_true", help="there are no patient ids")
+    features = verb("features", _features, "encode all tiles once with a frozen encoder, for data.source=features")
+    features.add_argument("--to", type=Path, metavar="DIR", help="folder (data.features, or <out>/features)")
+    features.add_argument(
+        "--kind", choices=("float32", "float16"), default="float32", help="of the numbers in the files (%(default)s)"
+    )
+    coords = verb("export-coords", _export_coords, "positions of all tiles as HDF5, for TRIDENT or CLAM")
+    coords.add_argument("--layout", choices=("trident", "clam"), required=True, help="of the files")
+    coords.add_argument("--to", type=Path, required=True, metavar="DIR", help="folder; files go to DIR/patches")
     plan = verb("plan", _plan, "predict memory, communication and cost of training, without training")
     plan.add_argument("--ranks", type=_count, metavar="N", help="processes, in place of execution.ranks")
     plan.add_argument("--gpu-memory", metavar="SIZE", help="memory of a rank: 80GB, 512MiB, bytes (what is free here)")
@@ -174,34 +202,147 @@ def _doctor(arguments: argparse.Namespace, _overrides: Sequence[str]) -> int:
     return report.exit_code
 
 
-def _inspect(arguments: argparse.Namespace, _overrides: Sequence[str]) -> int:
-    from gigamil.errors import SlideError
+def _inspect(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
+    from gigamil.data.scan import find_slides
+    from gigamil.errors import ConfigError, SlideError
     from gigamil.slides.inspect import inspect_slide
 
+    paths = [Path(text) for text in arguments.slides]
+    tables = [path for path in paths if path.suffix.lower() in (".yaml", ".yml", ".csv")]
+    if tables and len(paths) > 1:
+        raise ConfigError(f"'{tables[0]}' is not a slide; inspect it alone")
+    if overrides and not tables:
+        raise ConfigError(f"unknown words: {' '.join(overrides)}")
+    # A folder that is one slide, of DICOM files, holds no other; one without any is refused by the reader.
+    is_cohort = any(path.is_dir() and list(find_slides(path)) not in ([], [path]) for path in paths)
+    if tables or is_cohort or arguments.html:
+        return _inspect_cohort(arguments, paths, overrides)
+    sizes = {name: value for name in ("tile_px", "tile_mpp") if (value := getattr(arguments, name)) is not None}
     code = 0
     for path in arguments.slides:
         try:
-            report = inspect_slide(path, mpp=arguments.mpp, tile_px=arguments.tile_px, tile_mpp=arguments.tile_mpp)
-            print(report.text())
+            print(inspect_slide(path, mpp=arguments.mpp, **sizes).text())
         except SlideError as error:
             print(f"gigamil: {error}", file=sys.stderr)
             code = error.exit_code
     return code
 
 
-def _tile(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
-    from gigamil.data.tile import tile_cohort
+def _inspect_cohort(arguments: argparse.Namespace, paths: Sequence[Path], overrides: Sequence[str]) -> int:
+    from gigamil.config.load import load_config
+    from gigamil.data.cohort import load_cohort
+    from gigamil.data.inspect import inspect_cohort, slides_in
 
-    return tile_cohort(_load(arguments, overrides)).exit_code
+    kind = paths[0].suffix.lower()
+    words = list(overrides)
+    for name, key in (("tile_px", "slides.tile_px"), ("tile_mpp", "slides.tile_mpp"), ("mpp", "slides.default_mpp")):
+        value = getattr(arguments, name)
+        words += [] if value is None else [f"--{key}", str(value)]
+    if kind == ".csv":
+        words = ["--cohort.table", str(paths[0]), "--cohort.patient_is_slide", "true", *words]
+    config = load_config(paths[0] if kind in (".yaml", ".yml") else None, words)
+    if kind in (".yaml", ".yml", ".csv"):
+        rows = load_cohort(config.cohort, need_labels=False, need_files=False).rows
+    else:
+        rows = slides_in(paths, arguments.mpp)
+    inspection = inspect_cohort(rows, config.slides, config.execution)
+    print(inspection.text())
+    if arguments.html:
+        from gigamil.evaluate.cohort_page import write_cohort_page
+
+        write_cohort_page(arguments.html, inspection)
+        print(f"page: '{arguments.html}'")
+    return inspection.exit_code
+
+
+def _tile(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
+    from gigamil.data.tile import ArrayJob, tile_cohort
+
+    job = None if arguments.shard is None else ArrayJob(*arguments.shard)
+    return tile_cohort(_load(arguments, overrides), job=job).exit_code
 
 
 def _split(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
+    from gigamil.data.folds import make_folds, sides_table
+
+    words = list(overrides)
+    if arguments.folds:
+        words += ["--cohort.split_method", "kfold", "--cohort.folds", str(arguments.folds)]
+    if arguments.by_site:
+        words += ["--cohort.preserve_sites", "true"]
+    if arguments.config.lower().endswith((".csv", ".tsv")):
+        return _split_labels(arguments, words)
+    from gigamil.data.cohort import load_cohort
+    from gigamil.data.split import makes_folds
     from gigamil.pipeline import split_cohort
 
-    config = _load(arguments, overrides)
+    _refuse_options(arguments, ("out", "slide_column", "patient_column", "label_column", "patient_is_slide"))
+    config = _load(arguments, words)
     splits = split_cohort(config, again=arguments.again)
+    table = load_cohort(config.cohort, need_files=False)
+    if makes_folds(table, config.cohort):
+        print(f"all slides of the table:\n{make_folds(table, config.cohort).text(table)}\nthis run:")
+    print(sides_table({"-" if splits.fold is None else str(splits.fold): splits.split_of()}, table))
     print(f"{len(splits.train)} train, {len(splits.val)} validation, {len(splits.test)} test slides ({splits.method})")
+    for slide_ids, why in (
+        (splits.without_tiles, "have no tiles"),
+        (splits.unnamed, "are not named by the split file"),
+    ):
+        if slide_ids:
+            print(f"{len(slide_ids)} slides {why} and are in no split: {', '.join(slide_ids[:10])}")
     print(f"frozen in '{config.bookkeeping.out / 'splits.json'}'")
+    return 0
+
+
+def _split_labels(arguments: argparse.Namespace, words: Sequence[str]) -> int:
+    from gigamil.config.load import load_config
+    from gigamil.data.cohort import load_labels
+    from gigamil.data.folds import freeze_folds, make_folds
+
+    _refuse_options(arguments, ("limit", "print_config", "plugin"))
+    cohort = load_config(None, words).cohort
+    chosen = {
+        "slide_id": arguments.slide_column,
+        "patient_id": arguments.patient_column,
+        "label": arguments.label_column,
+    }
+    patient_is_slide = arguments.patient_is_slide or cohort.patient_is_slide
+    path = Path(arguments.config)
+    table = load_labels(path, chosen, patient_is_slide=patient_is_slide, classes=cohort.classes)
+    folds = make_folds(table, cohort)
+    print(f"{folds.text(table)}\n{folds.method}")
+    if arguments.out is None:
+        print("nothing is written; --out DIR writes folds.json and folds.csv")
+        return 0
+    freeze_folds(folds, arguments.out, table, again=arguments.again)
+    print(f"frozen in '{arguments.out / 'folds.json'}'; a run takes a fold with --cohort.splits and --cohort.fold")
+    return 0
+
+
+def _refuse_options(arguments: argparse.Namespace, names: Sequence[str]) -> None:
+    """Refuse options that mean nothing for the file that was given."""
+    from gigamil.errors import ConfigError
+
+    given = [f"--{name.replace('_', '-')}" for name in names if getattr(arguments, name)]
+    if given:
+        raise ConfigError(f"{', '.join(given)}: not for a file such as '{arguments.config}'")
+
+
+def _features(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
+    from gigamil.evaluate.features import cache_features
+
+    report = cache_features(_load(arguments, overrides), arguments.to, kind=arguments.kind, plugins=arguments.plugin)
+    print(report.text())
+    return 0
+
+
+def _export_coords(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
+    from gigamil.data.coords import export_coords
+    from gigamil.shards.read import ShardSet
+
+    config = _load(arguments, overrides)
+    files = export_coords(ShardSet(config.bookkeeping.shard_root), arguments.to, arguments.layout)
+    print(f"coordinates of {len(files)} slides in '{arguments.to / 'patches'}'")
     return 0
 
 
@@ -259,6 +400,13 @@ def _count(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} must be at least 1")
     return value
+
+
+def _part(text: str) -> tuple[int, int]:
+    i, slash, n = text.partition("/")
+    if not (slash and i.isdecimal() and n.isdecimal() and 1 <= int(i) <= int(n)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N with I from 1 to N, for example 1/4")
+    return int(i), int(n)
 
 
 def _positive(text: str) -> float:

@@ -15,8 +15,22 @@ from gigamil.config.load import load_config
 from gigamil.config.schema import RunConfig
 
 README = (Path(__file__).resolve().parents[2] / "README.md").read_text()
-VERBS = ("demo", "init", "doctor", "inspect", "tile", "split", "plan", "train", "evaluate", "heatmap", "run")
-WITH_CONFIG = ("tile", "split", "plan", "train", "evaluate", "heatmap", "run")
+VERBS = (
+    "demo",
+    "init",
+    "doctor",
+    "inspect",
+    "tile",
+    "split",
+    "features",
+    "export-coords",
+    "plan",
+    "train",
+    "evaluate",
+    "heatmap",
+    "run",
+)
+WITH_CONFIG = ("tile", "split", "features", "plan", "train", "evaluate", "heatmap", "run")
 # Of the classes that errors.py itself declares: gigamil's other ones carry the code of a rank's error.
 DECLARED = [kind for kind in errors.GigamilError.__subclasses__() if kind.__module__ == errors.__name__]
 EXIT_CODES = {"0"} | {str(kind.exit_code) for kind in DECLARED}
@@ -48,7 +62,7 @@ def test_help_fits_a_screen(words: list[str], capsys: pytest.CaptureFixture[str]
 def test_help_names_every_verb_and_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
     assert stopped(["--help"]) == 0
     text = capsys.readouterr().out
-    assert tuple(re.findall(r"^    (\w+) ", text, flags=re.MULTILINE)) == VERBS
+    assert tuple(re.findall(r"^    ([\w-]+)(?: |$)", text, flags=re.MULTILINE)) == VERBS
     assert set(re.findall(r"(\d) \w", text.rpartition("exit codes:")[2])) == EXIT_CODES
 
 
@@ -133,7 +147,7 @@ def test_print_config_prints_what_would_be_used_and_does_nothing(capsys: pytest.
 
 
 def test_the_readme_has_a_row_for_each_verb() -> None:
-    assert tuple(re.findall(r"^\| `gigamil (\w+)", README, flags=re.MULTILINE)) == VERBS
+    assert tuple(re.findall(r"^\| `gigamil ([\w-]+)", README, flags=re.MULTILINE)) == VERBS
 
 
 def test_the_readme_has_a_row_for_each_exit_code() -> None:
