@@ -573,10 +573,12 @@ def test_the_same_real_slide_as_svs_and_as_dicom(tmp_path: Path, real_data: Path
     np.testing.assert_array_equal(tiles("folder"), tiles("level"))
 
 
-STAND_IN = """#!/usr/bin/env bash
-trap 'exit 5' INT
-echo "asked for: $*"
-for _ in $(seq "${SECONDS_TO_WORK:-0}0"); do sleep 0.1; done
+# In Python, because bash may run a trap in the middle of a substitution and then does not leave.
+STAND_IN = f"""#!{sys.executable}
+import os, signal, sys, time
+signal.signal(signal.SIGINT, lambda *_: sys.exit(5))
+print("asked for:", *sys.argv[1:], flush=True)
+time.sleep(float(os.environ.get("SECONDS_TO_WORK", "0")))
 """
 
 
@@ -616,11 +618,12 @@ def test_the_batch_script_leaves_out_no_part(tmp_path: Path, change: dict[str, s
 
 
 def test_the_batch_script_goes_back_into_the_queue(tmp_path: Path) -> None:
-    job = array_job(tmp_path, SECONDS_TO_WORK="30")
-    assert job.stdout is not None
-    while "asked for" not in job.stdout.readline():
-        assert job.poll() is None
-    job.send_signal(signal.SIGUSR1)
-    out, _ = job.communicate(timeout=30)
+    # Longer than the test waits: it has to end by the signal.
+    with array_job(tmp_path, SECONDS_TO_WORK="120") as job:
+        assert job.stdout is not None
+        while "asked for" not in job.stdout.readline():
+            assert job.poll() is None
+        job.send_signal(signal.SIGUSR1)
+        out, _ = job.communicate(timeout=60)
     assert job.returncode == 5
     assert out.splitlines()[-1] == "scontrol requeue 77_2"
