@@ -19,7 +19,7 @@ from gigamil.errors import SlideError
 from gigamil.files import replace_file
 from gigamil.slides.backend import shown
 from gigamil.slides.reader import SlideInfo
-from gigamil.slides.tissue import TissueMask, mask_mpp, mask_shape
+from gigamil.slides.tissue import STRIP_PX, TissueMask, mask_mpp, mask_shape
 
 SUFFIXES = (".png", ".geojson", ".xml")
 # A slide of 100 x 80 mm at 8 um has 125 million pixels, and one of 25 x 20 mm 8 million; polygons of such masks take
@@ -300,17 +300,10 @@ def _traced(mask_HW: np.ndarray) -> Iterator[list[np.ndarray]]:
     edges; following both in turn gives the rings. Where two pixels touch at a corner, two outlines meet: it counts
     twice. Memory is a few bytes per pixel (contourpy takes 30).
     """
-    inside = np.pad(mask_HW, 1)
-    upper_left, upper_right, lower_left = inside[:-1, :-1], inside[:-1, 1:], inside[1:, :-1]
-    lower_right = inside[1:, 1:]
-    touch = (upper_left == lower_right) & (upper_right == lower_left) & (upper_left != upper_right)
-    y, x = np.nonzero((upper_left ^ upper_right ^ lower_left ^ lower_right) | touch)
-    point = np.repeat(np.arange(len(x)), 1 + touch[y, x])
-    y, x = y[point], x[point]
+    y, x, is_second, up = _corners(mask_HW)
     # Of the two at one place the first ends the edge from the left, the second begins that to the right. The first
     # goes on upwards where the pixel to the upper left is in the mask, else downwards, so that pieces stay apart.
-    is_second = np.diff(point, prepend=-1) == 0
-    down_the_column = np.lexsort((is_second == upper_left[y, x], y, x))
+    down_the_column = np.lexsort((is_second == up, y, x))
     above_or_below = np.empty(len(x), np.int64)
     above_or_below[down_the_column[::2]] = down_the_column[1::2]
     above_or_below[down_the_column[1::2]] = down_the_column[::2]
@@ -334,7 +327,33 @@ def _traced(mask_HW: np.ndarray) -> Iterator[list[np.ndarray]]:
         piece = int(piece_HW[row, col] if is_outer else piece_HW[row - 1, col - 1])
         points = np.stack([x[ring], y[ring]], axis=1).astype(np.float64)
         rings_of.setdefault(piece, []).append(_bevelled(points if is_outer else points[::-1]))
+    del piece_HW, following, is_done  # 4 bytes a pixel, before the caller makes lists of the rings
     yield from rings_of.values()
+
+
+def _corners(mask_HW: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Corners of the outlines, row by row: y, x, whether it is the second at its place, and the pixel upper left of it.
+
+    Worked on in strips: the masks of a whole slide would take 200 MB.
+    """
+    inside = np.pad(mask_HW, 1)
+    rows, cols = inside.shape
+    step = max(1, STRIP_PX // cols)
+    found = []
+    for top in range(0, rows - 1, step):
+        strip = inside[top : top + step + 1]
+        upper_left, upper_right, lower_left, lower_right = (
+            strip[:-1, :-1],
+            strip[:-1, 1:],
+            strip[1:, :-1],
+            strip[1:, 1:],
+        )
+        touch = (upper_left == lower_right) & (upper_right == lower_left) & (upper_left != upper_right)
+        y, x = np.nonzero((upper_left ^ upper_right ^ lower_left ^ lower_right) | touch)
+        point = np.repeat(np.arange(len(x)), 1 + touch[y, x])
+        y, x = y[point], x[point]
+        found.append((y + top, x, np.diff(point, prepend=-1) == 0, upper_left[y, x]))
+    return tuple(np.concatenate(parts) for parts in zip(*found, strict=True))
 
 
 def _bevelled(points: np.ndarray) -> np.ndarray:

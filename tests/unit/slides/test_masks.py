@@ -126,6 +126,17 @@ def test_outlines_of_noise_never_touch(tmp_path: Path, info: SlideInfo, share: f
     np.testing.assert_array_equal(load_mask(tmp_path / "s.geojson", info, 8.0).mask_HW, mask_HW)
 
 
+@pytest.mark.parametrize("strip_px", [1, 203, 4000])
+def test_strips_make_no_difference_to_outlines(
+    tmp_path: Path, info: SlideInfo, monkeypatch: pytest.MonkeyPatch, strip_px: int
+) -> None:
+    mask = TissueMask(np.random.default_rng(0).random((100, 200)) < 0.5, 8.0)
+    write_mask_geojson(tmp_path / "whole.geojson", mask, info)
+    monkeypatch.setattr("gigamil.slides.masks.STRIP_PX", strip_px)
+    write_mask_geojson(tmp_path / "strips.geojson", mask, info)
+    assert (tmp_path / "strips.geojson").read_bytes() == (tmp_path / "whole.geojson").read_bytes()
+
+
 def test_an_empty_mask_is_an_empty_collection(tmp_path: Path, info: SlideInfo) -> None:
     write_mask_geojson(tmp_path / "s.geojson", TissueMask(np.zeros((100, 200), bool), 8.0), info)
     assert json.loads((tmp_path / "s.geojson").read_text()) == {"type": "FeatureCollection", "features": []}

@@ -132,7 +132,14 @@ def test_the_switch_leaves_bright_field_slides_as_they_are(make_slide: MakeSlide
 def test_strips_make_no_difference(monkeypatch: pytest.MonkeyPatch, strip_px: int) -> None:
     image = np.random.default_rng(0).integers(0, 256, (97, 150, 3), dtype=np.uint8)
     dark = (image // 8 + 100 * (image[..., :1] > 250)).astype(np.uint8)
-    functions = (tissue_pixels, bright_pixels, find_pen, lambda image: without_small(image[..., 0] > 128, 5))
+    x_um, y_um = np.meshgrid(np.arange(0.0, 150.0, 3.3), np.arange(0.0, 97.0, 3.3))
+    functions = (
+        tissue_pixels,
+        bright_pixels,
+        find_pen,
+        lambda image: without_small(image[..., 0] > 128, 5),
+        lambda image: TissueMask(image[..., 0] > 128, 1.0).fraction(x_um, y_um, 7.7),
+    )
     whole = [function(picture) for function in functions for picture in (image, dark)]
     monkeypatch.setattr("gigamil.slides.tissue.STRIP_PX", strip_px)
     parts = [function(picture) for function in functions for picture in (image, dark)]
