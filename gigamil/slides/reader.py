@@ -196,12 +196,13 @@ class Slide:
         x, y, w, h = box
         if w * h > MAX_READ_PX * down_x * down_y and max(out_w, out_h) > 1:
             return self._read_halves(level, box, out_w, out_h)
-        span_x = _source_span(x / down_x, w / down_x, out_w)
-        span_y = _source_span(y / down_y, h / down_y, out_h)
-        if span_x.exact and span_y.exact:  # pixel by pixel: the kernel would change nothing
-            pixels_HW3 = self._read_tiles(level, span_x.at, span_y.at, out_w, out_h)
+        first_x, first_y = _first_pixel(x / down_x, w / down_x, out_w), _first_pixel(y / down_y, h / down_y, out_h)
+        if first_x is not None and first_y is not None:  # pixel by pixel: the kernel would change nothing
+            pixels_HW3 = self._read_tiles(level, first_x, first_y, out_w, out_h)
             if pixels_HW3 is not None:
                 return pixels_HW3
+        span_x = _source_span(x / down_x, w / down_x, out_w)
+        span_y = _source_span(y / down_y, h / down_y, out_h)
         region, shift_x, shift_y = self._read_padded(level, span_x.first, span_y.first, span_x.num, span_y.num)
         inner = (span_x.start - shift_x, span_y.start - shift_y, span_x.stop - shift_x, span_y.stop - shift_y)
         return np.asarray(region.resize((out_w, out_h), KERNEL, box=inner))
@@ -562,8 +563,6 @@ class _Span(NamedTuple):
     num: int
     start: float
     stop: float
-    exact: bool  # the output pixels are pixels of the level,
-    at: int  # from this one on
 
 
 def _source_span(start: float, length: float, out: int) -> _Span:
@@ -571,5 +570,10 @@ def _source_span(start: float, length: float, out: int) -> _Span:
     margin = KERNEL_SUPPORT * max(1.0, length / out) + 1
     first = math.floor(start - margin)
     num = math.ceil(start + length + margin) - first
-    exact = abs(length - out) < EXACT_PX and abs(start - round(start)) < EXACT_PX
-    return _Span(first, num, start - first, start + length - first, exact, round(start))
+    return _Span(first, num, start - first, start + length - first)
+
+
+def _first_pixel(start: float, length: float, out: int) -> int | None:
+    """The pixel of the level that an output axis starts with, if it has just the level's pixels; else None."""
+    first = round(start)
+    return first if abs(length - out) < EXACT_PX and abs(start - first) < EXACT_PX else None

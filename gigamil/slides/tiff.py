@@ -143,9 +143,10 @@ class JpegTiles:
         """
         level = self.level(number)
         key = (number, row * level.num_x + col)
-        if key in self._slot_of:
+        known = self._slot_of.get(key)
+        if known is not None:
             self._slot_of.move_to_end(key)
-            return self._slots[self._slot_of[key]]
+            return self._slots[known]
         data = self._bytes(level, key[1])
         jpeg = None if data is None else decodable_jpeg(data, level)
         if jpeg is None:
