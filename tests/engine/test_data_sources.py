@@ -1,5 +1,5 @@
-"""Where tiles come from is not what is learned: training on slide files, on shards of the same pixels, and on the cached
-features of a frozen encoder.
+"""Where tiles come from is not what is learned: training on slide files, on shards of the same pixels in a folder and on a
+web server, and on the cached features of a frozen encoder.
 
 Bounds on features: an encoder call on other tiles rounds otherwise in float32, and so do sums over ranks; eight steps of
 AdamW. The pixels of a slide file and of their copies in shards are equal, and so are all losses.
@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -26,6 +28,7 @@ from gigamil.shards.read import ShardSet
 from gigamil.testing.ranks import run_on_ranks
 from gigamil.testing.runs import CLASSES, SPLITS, TILE_PX, tiny_run
 from gigamil.testing.slides import write_pyramid_tiff
+from gigamil.testing.web import Server
 from gigamil.train.engine import make_ranks, skip_kernel_build
 from gigamil.train.loop import Trainer
 
@@ -158,3 +161,22 @@ def test_training_from_slide_files_is_training_on_shards_of_their_tiles(
     assert names["slides"][0] == names["slides"][1]
     record = json.loads((slides.bookkeeping.out / "run.json").read_text())
     assert (record["source"], record["decoder"]) == ("slides", None)  # OpenSlide decodes
+
+
+@pytest.mark.parametrize("cached", [False, True], ids=["read there", "copied here"])
+def test_training_from_a_web_server_is_training_from_a_folder(tmp_path: Path, cached: bool) -> None:
+    here = tiny_run(tmp_path, execution={"ranks": 2, "decode_workers": 1})
+    shards = ShardSet(here.bookkeeping.shard_root)
+    tiles = [shards.manifest(slide_id).num_tiles for slide_id in shards.slide_ids]
+    table = pa.table({"slide_id": shards.slide_ids, "tiles": tiles})  # a web server lists nothing
+    pq.write_table(table, here.bookkeeping.shard_root / "cohort.parquet")
+    cache = {"shard_cache": tmp_path / "cache", "shard_cache_gb": 1.0} if cached else {}
+    with Server(here.bookkeeping.shard_root) as server:
+        web = {"out": tmp_path / "web", "shards": server.url}
+        there = tiny_run(tmp_path, execution={"ranks": 2, "decode_workers": 1} | cache, bookkeeping=web)
+        run_on_ranks(train, 2, 2, [here, there])
+        num_reads = sum(name.endswith(".tar") for name, _ in server.requests)
+    assert measured(there) == measured(here)
+    # Ten slides of one tar each, twice by two ranks; where they are copied, by the first that wants one.
+    assert num_reads == 10 if cached else num_reads > 20
+    assert (tmp_path / "cache").is_dir() is cached

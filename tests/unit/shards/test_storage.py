@@ -3,11 +3,8 @@ a command or is expanded, and no name leads out of the root."""
 
 import os
 import pickle
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Self
 
 import fsspec
 import pyarrow as pa
@@ -21,6 +18,7 @@ from gigamil.shards import storage
 from gigamil.shards.read import ShardSet
 from gigamil.shards.storage import SCHEMES, LocalStorage, RemoteStorage, open_storage
 from gigamil.testing.shards import make_shards, noise_jpegs
+from gigamil.testing.web import Server
 
 JPEGS = noise_jpegs(10, 16)
 
@@ -31,54 +29,6 @@ def root(tmp_path: Path) -> Path:
     make_shards(tmp_path / "shards", "c", JPEGS[:3], tile_px=16)
     make_shards(tmp_path / "shards", "none", [], tile_px=16)
     return tmp_path / "shards"
-
-
-class Server(ThreadingHTTPServer):
-    """Serves a folder with ranges, lists nothing, and keeps the requests."""
-
-    daemon_threads = True
-
-    def __init__(self, root: Path, knows_ranges: bool = True, failures: int = 0) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.root, self.knows_ranges, self.failures = root, knows_ranges, failures
-        self.requests: list[tuple[str, str | None]] = []
-        self.url = f"http://127.0.0.1:{self.server_port}/data"
-
-    def __enter__(self) -> Self:
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.shutdown()
-        self.server_close()
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Server
-
-    def do_GET(self) -> None:
-        span = self.headers.get("Range")
-        self.server.requests.append((self.path.rpartition("/")[2], span))
-        path = self.server.root / self.path.removeprefix("/data/")
-        if self.server.failures:
-            self.server.failures -= 1
-            return self.send_error(503)
-        if not path.is_file():
-            return self.send_error(404)
-        data = path.read_bytes()
-        if span and self.server.knows_ranges:
-            begin, end = map(int, span.removeprefix("bytes=").split("-"))
-            data = data[begin : end + 1]
-            self.send_response(206)
-            self.send_header("Content-Range", f"bytes {begin}-{begin + len(data) - 1}/{path.stat().st_size}")
-        else:
-            self.send_response(200)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *_: object) -> None:
-        pass
 
 
 @pytest.fixture
