@@ -4,7 +4,7 @@ from gigamil.slides.grid import TileGrid, choose_tiles
 from gigamil.slides.inspect import SlideReport, inspect_slide
 from gigamil.slides.native import NativeTiles, NotNative, native_tiles
 from gigamil.slides.pool import SlidePool
-from gigamil.slides.reader import MppError, Slide, SlideInfo, is_slide, open_slide
+from gigamil.slides.reader import MppError, Slide, SlideInfo, open_slide
 from gigamil.slides.tissue import TissueMask, find_tissue
 
 __all__ = [
@@ -20,7 +20,6 @@ __all__ = [
     "choose_tiles",
     "find_tissue",
     "inspect_slide",
-    "is_slide",
     "native_tiles",
     "open_slide",
 ]

@@ -6,7 +6,15 @@ from typing import Self, overload
 
 import numpy as np
 
+from gigamil.errors import SlideError
+from gigamil.slides.backend import shown
+from gigamil.slides.reader import SlideInfo
 from gigamil.slides.tissue import TissueMask
+
+# A slide at twice the wanted mpp still shows nuclei; an overview image among the slides would give 28,000 blurs.
+MAX_ENLARGEMENT = 4.0
+# Tiles of a grid, with or without tissue: a slide of 100,000 x 100,000 pixels in tiles of 64 has 2.4 million.
+MAX_GRID_TILES = 5_000_000
 
 
 @dataclass(frozen=True)
@@ -116,6 +124,36 @@ class TileGrid:
         values = np.asarray(value)
         if values.size and (values.min() < 0 or values.max() >= limit):
             raise IndexError(f"{name} {values.min()}..{values.max()} is outside 0..{limit - 1} of the tile grid")
+
+
+def check_scale(info: SlideInfo, tile_mpp: float) -> None:
+    """Refuse a slide that is far coarser than the tiles, before its thumbnail is read: that may be all of level 0.
+
+    Raises:
+        SlideError: its mpp is over four times `tile_mpp`.
+    """
+    slide_mpp = max(info.mpp_x, info.mpp_y)
+    if slide_mpp > MAX_ENLARGEMENT * tile_mpp:
+        raise SlideError(
+            f"slide '{shown(info.path)}': its mpp {slide_mpp:g} ({info.mpp_source}) is over {MAX_ENLARGEMENT:g} times "
+            f"slides.tile_mpp={tile_mpp:g}, so tiles would be blurs. Correct its mpp, raise slides.tile_mpp, or remove "
+            "its row."
+        )
+
+
+def slide_grid(info: SlideInfo, tile_px: int, tile_mpp: float, stride_px: int | None = None) -> TileGrid:
+    """`TileGrid.square` of a slide.
+
+    Raises:
+        SlideError: it has over 5 million tiles, which would fill the memory.
+    """
+    grid = TileGrid.square(info.width_um, info.height_um, tile_px, tile_mpp, stride_px)
+    if grid.num_tiles > MAX_GRID_TILES:
+        raise SlideError(
+            f"slide '{shown(info.path)}': {grid.num_tiles} tiles in its grid, over {MAX_GRID_TILES}. Correct its mpp, "
+            "or raise slides.tile_px, slides.stride_px or slides.tile_mpp."
+        )
+    return grid
 
 
 def choose_tiles(grid: TileGrid, mask: TissueMask, min_tissue: float) -> tuple[np.ndarray, np.ndarray]:

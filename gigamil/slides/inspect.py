@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gigamil.slides.backend import shown
-from gigamil.slides.grid import TileGrid, choose_tiles
+from gigamil.slides.grid import check_scale, choose_tiles, slide_grid
 from gigamil.slides.reader import SlideInfo, open_slide
 from gigamil.slides.tissue import DarkField, find_tissue
 
@@ -88,13 +88,16 @@ def inspect_slide(
 
     Args: as `open_slide`, `TileGrid`, `choose_tiles` and `find_tissue`; the defaults are those of the configuration.
     Raises:
-        SlideError: the slide cannot be opened or read, or its background is dark and `dark_field` is "refuse".
+        SlideError: the slide cannot be opened or read, its mpp is over four times `tile_mpp`, its grid has over 5
+            million tiles, or its background is dark and `dark_field` is "refuse".
         MppError: its mpp is missing or absurd.
         ValueError: a tile size that is not positive.
     Cost: one thumbnail at `tissue_mpp`.
     """
     with open_slide(path, mpp=mpp, default_mpp=default_mpp) as slide:
         info = slide.info
+        check_scale(info, tile_mpp)
+        grid = slide_grid(info, tile_px, tile_mpp, stride_px)
         mask = find_tissue(
             slide,
             tissue_mpp=tissue_mpp,
@@ -102,7 +105,6 @@ def inspect_slide(
             max_hole_area_um2=max_hole_area_um2,
             dark_field=dark_field,
         )
-    grid = TileGrid.square(info.width_um, info.height_um, tile_px, tile_mpp, stride_px)
     chosen, _ = choose_tiles(grid, mask, min_tissue)
     return SlideReport(
         info=info,

@@ -13,17 +13,19 @@ from xml.etree import ElementTree
 
 import numpy as np
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 from scipy import ndimage
 
 from gigamil.errors import SlideError
 from gigamil.files import replace_file
 from gigamil.slides.backend import shown
 from gigamil.slides.reader import SlideInfo
-from gigamil.slides.tissue import STRIP_PX, TissueMask, mask_mpp, mask_shape
+from gigamil.slides.tissue import STRIP_PX, TissueMask, mask_mpp
 
 SUFFIXES = (".png", ".geojson", ".xml")
-# A slide of 100 x 80 mm at 8 um has 125 million pixels, and one of 25 x 20 mm 8 million; polygons of such masks take
-# a few megabytes. What is larger was made at the wrong resolution, or to harm.
+# A slide of 25 x 20 mm at 8 um has 8 million pixels, and one of 100 x 80 mm 125 million: a PNG of just the slide's mask
+# pixels is read at any size. Polygons of such masks take a few megabytes, 16 at most. What is larger was made at the
+# wrong resolution, or to harm.
 MAX_PNG_VALUES = 64_000_000
 PNG_CHANNELS = {"1": 1, "L": 1, "P": 3, "RGB": 3}  # modes that are read, and what a pixel of them takes
 MAX_TEXT_BYTES = 16 << 20
@@ -71,7 +73,8 @@ def load_mask(path: Path, info: SlideInfo, mpp: float) -> TissueMask:
         PNG, where at least half of the pixel is.
     Raises:
         SlideError: the file is missing, too large, damaged, of another kind, or does not fit the slide.
-    Cost: a PNG or polygons of a large slide take a tenth of a second; memory stays below 500 MB for any file.
+    Cost: a PNG or polygons of a large slide take a tenth of a second. Memory: below 500 MB for a PNG (a few bytes per
+        pixel if it has the slide's mask pixels), below 900 MB for any text; 16 MiB of brackets take the most.
     """
     mpp = mask_mpp(info, mpp)
     if path.suffix == ".png":
@@ -111,26 +114,24 @@ def _read_png(path: Path, info: SlideInfo, mpp: float) -> TissueMask:
     again = "Save it as PNG in grey, 0 where there is no tissue"
     smaller = f"Save it in grey at about slides.tissue_mpp={mpp:g} micron per pixel"
     try:
-        with Image.open(path, formats=("PNG",)) as image:
+        with PngImageFile(path) as image:  # not Image.open, whose limit of pixels is one for pictures
             (cols, rows), channels = image.size, PNG_CHANNELS.get(image.mode)
             if channels is None:
                 _refuse(path, f"is of mode {image.mode}", again)
-            if cols * rows * channels > MAX_PNG_VALUES:
+            is_of_grid = (rows, cols) == info.shape_at(mpp)
+            if cols * rows * channels > MAX_PNG_VALUES and not (is_of_grid and channels == 1):
                 _refuse(path, f"{cols} x {rows} pixels of mode {image.mode} are too many", smaller)
             _check_proportions(path, cols, rows, info, mpp)
             pixels = np.asarray(image if channels == 1 else image.convert("RGB"))
     except SlideError:
         raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # Pillow's limit lies above ours
-        _refuse(path, "has too many pixels", smaller, error)
     except (OSError, ValueError, SyntaxError) as error:
         _refuse(path, f"cannot be read as PNG: {error}", again, error)
     if channels == 3 and (pixels != pixels[..., :1]).any():
         _refuse(path, "has colours", again)
     mask_hw = (pixels if channels == 1 else pixels[..., 0]) > 0
-    if (rows, cols) == mask_shape(info, mpp):
-        return TissueMask(mask_hw, mpp)  # a mask of ours, whose last pixels may hang over the edge
-    return TissueMask(_resampled(mask_hw, info, mpp), mpp)
+    # A mask of ours has its last pixels hang over the edge.
+    return TissueMask.of(info, mask_hw if is_of_grid else _resampled(mask_hw, info, mpp), mpp)
 
 
 def _check_proportions(path: Path, cols: int, rows: int, info: SlideInfo, mpp: float) -> None:
@@ -138,7 +139,7 @@ def _check_proportions(path: Path, cols: int, rows: int, info: SlideInfo, mpp: f
     finest = max(info.width_um / (cols + 1), info.height_um / (rows + 1))
     coarsest = min(info.width_um / max(cols - 1, 1e-9), info.height_um / max(rows - 1, 1e-9))
     if finest > coarsest:
-        wanted_rows, wanted_cols = mask_shape(info, mpp)
+        wanted_rows, wanted_cols = info.shape_at(mpp)
         _refuse(
             path,
             f"{cols} x {rows} pixels do not have the proportions of the slide, {info.width} x {info.height}",
@@ -147,7 +148,7 @@ def _check_proportions(path: Path, cols: int, rows: int, info: SlideInfo, mpp: f
 
 
 def _resampled(mask_hw: np.ndarray, info: SlideInfo, mpp: float) -> np.ndarray:
-    rows, cols = mask_shape(info, mpp)
+    rows, cols = info.shape_at(mpp)
     height, width = mask_hw.shape
     scale_x, scale_y = info.width_um / width, info.height_um / height
     box = (0.0, 0.0, cols * mpp / scale_x, rows * mpp / scale_y)
@@ -245,8 +246,7 @@ def _asap_polygons(path: Path) -> Iterator[Polygon]:
 def _painted(
     path: Path, polygons: Iterable[Polygon], offset_px0: tuple[int, int], info: SlideInfo, mpp: float
 ) -> TissueMask:
-    rows, cols = mask_shape(info, mpp)
-    mask_HW = np.zeros((rows, cols), bool)
+    mask_HW = np.zeros(info.shape_at(mpp), bool)
     size = np.array([info.width, info.height])
     for polygon in polygons:
         points = np.concatenate(polygon) + offset_px0
@@ -255,7 +255,7 @@ def _painted(
             _refuse(path, f"a polygon reaches {beyond:.0%} of a side beyond the slide", _UNITS)
         scale = np.array([info.mpp_x, info.mpp_y]) / mpp
         _paint(path, mask_HW, [(ring + offset_px0) * scale for ring in polygon])
-    return TissueMask(mask_HW, mpp)
+    return TissueMask.of(info, mask_HW, mpp)
 
 
 def _paint(path: Path, mask_HW: np.ndarray, polygon: Polygon) -> None:

@@ -90,7 +90,8 @@ def _mark_tiles(pixels_HW3: np.ndarray, grid: TileGrid, chosen: np.ndarray, px_p
     covered_HW = np.zeros((height, width), bool)
     for x0, y0, x1, y1 in zip(left.tolist(), top.tolist(), right.tolist(), bottom.tolist(), strict=True):
         if frames:
-            x1, y1 = min(x1, width - 1), min(y1, height - 1)
+            # A last column may start within half a pixel of the edge, and rounded, behind it.
+            x0, y0, x1, y1 = min(x0, width - 1), min(y0, height - 1), min(x1, width - 1), min(y1, height - 1)
             covered_HW[[y0, y1], x0 : x1 + 1] = True
             covered_HW[y0 : y1 + 1, [x0, x1]] = True
         else:

@@ -55,8 +55,9 @@ class SlidePool:
 
     def _slides(self) -> OrderedDict[_Key, Slide]:
         if getattr(self._local, "pid", None) != os.getpid():
-            # Slides of the parent are not closed here: their locks may have been held at the fork. They are forgotten
-            # without being freed.
+            # Slides of the parent are not closed here: their locks may have been held at the fork. Those of this
+            # thread, which forked, are kept, so that they are not freed. Those of the parent's other threads are:
+            # Python frees what belongs to a thread that is not in the child.
             self._local.inherited = getattr(self._local, "slides", None)
             self._local.pid, self._local.slides = os.getpid(), OrderedDict()
         slides: OrderedDict[_Key, Slide] = self._local.slides

@@ -6,7 +6,7 @@ from scipy import ndimage
 from gigamil.slides.tissue import DENSITY, smooth_strips, without_small
 
 # Luminance from which a pixel is glass: it has no detail in focus either.
-GLASS_LEVEL = 225
+GLASS_LUMINANCE = 225
 # Share of a tile that has to be something else than glass before its focus can be judged.
 MIN_CONTENT = 0.02
 LUMINANCE = (0.299, 0.587, 0.114)
@@ -39,7 +39,7 @@ def sharpness(tile_HW3: np.ndarray) -> float:
     centre = luminance_HW[1:-1, 1:-1]
     around = luminance_HW[:-2, 1:-1] + luminance_HW[2:, 1:-1] + luminance_HW[1:-1, :-2] + luminance_HW[1:-1, 2:]
     # Without the rim of glass either: its step would outweigh all nuclei.
-    content = ndimage.maximum_filter(luminance_HW, 2 * RIM_PX + 1)[1:-1, 1:-1] < GLASS_LEVEL
+    content = ndimage.maximum_filter(luminance_HW, 2 * RIM_PX + 1)[1:-1, 1:-1] < GLASS_LUMINANCE
     if content.mean() < MIN_CONTENT:
         return 0.0
     return float(np.square(around - 4 * centre)[content].mean())

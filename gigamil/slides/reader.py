@@ -84,6 +84,22 @@ class SlideInfo:
         """Height in micron."""
         return self.height * self.mpp_y
 
+    @property
+    def mpp_L2(self) -> np.ndarray:
+        """Micron per pixel (x, y) of each level, float64."""
+        size_2 = np.array([self.width, self.height])
+        return np.array([self.mpp_x, self.mpp_y]) * (size_2 / np.array(self.level_dimensions))
+
+    def nearest_level(self, mpp_x: float, mpp_y: float) -> int:
+        """The level whose micron per pixel differ least, on the axis where they differ more."""
+        return int(np.abs(self.mpp_L2 / (mpp_x, mpp_y) - 1).max(axis=1).argmin())
+
+    def shape_at(self, mpp: float) -> tuple[int, int]:
+        """Rows and columns of the whole slide at `mpp` micron per pixel; the last of them may hang over its edge."""
+        # The tolerance keeps 1000.0000001 micron at 10 micron per pixel from becoming 101 pixels.
+        rows, cols = (max(1, math.ceil(length / mpp - 1e-6)) for length in (self.height_um, self.width_um))
+        return rows, cols
+
 
 class Slide:
     """An open slide. Use it as a context manager, one per process and thread: a handle does not survive a fork."""
@@ -170,9 +186,7 @@ class Slide:
         Raises:
             SlideError: as `read_um`.
         """
-        # The tolerance keeps 1000.0000001 micron at 10 micron per pixel from becoming 101 pixels.
-        out_w = max(1, math.ceil(self.info.width_um / mpp - 1e-6))
-        out_h = max(1, math.ceil(self.info.height_um / mpp - 1e-6))
+        out_h, out_w = self.info.shape_at(mpp)
         return self.read_um(0.0, 0.0, out_w * mpp, out_h * mpp, out_w, out_h)
 
     def _level_for(self, scale_x: float, scale_y: float) -> int:
@@ -261,8 +275,8 @@ class Slide:
         self._check_open()
         if level not in self._tile_levels:
             try:
-                self._tile_levels[level] = ""
                 self._check_tiles(level)
+                self._tile_levels[level] = ""
             except NotTiled as reason:
                 self._tile_levels[level] = str(reason)
         if self._tile_levels[level] or self._tiles is None:
@@ -441,12 +455,6 @@ def open_slide(
         raise SlideError(f"slide '{shown(path)}': no permission to read it.")
     file = _file_of(path) if path.is_dir() else path
     return Slide(path, file, partial(_open_file, file), (mpp, default_mpp), icc)
-
-
-def is_slide(path: Path | str) -> bool:
-    """Whether the format of a file is one that `open_slide` knows; False for folders. Cost: its first bytes."""
-    path = Path(path)
-    return path.is_file() and (_openslide_knows(path) or is_plain(path))
 
 
 def _openslide_knows(path: Path) -> bool:

@@ -32,7 +32,7 @@ MAX_DIRECTORIES = 256
 MAX_TILE_PX = 4096
 MAX_FRONT = 4096  # bytes before the scan that are remembered; tables take 600
 MAX_SCANS = 32  # of a progressive JPEG: each costs a pass over the tile
-CACHE_BYTES = 32 << 20  # of decoded tiles, as much as OpenSlide keeps
+CACHE_BYTES = 32 << 20  # of decoded tiles of one open slide, at least one tile
 JPEG, RGB, YCBCR, CONTIGUOUS = 7, 2, 6, 1
 
 _SOI, _SOS, _EOI = b"\xff\xd8", b"\xff\xda", b"\xff\xd9"
@@ -73,7 +73,7 @@ class TileLevel:
 
 
 class JpegTiles:
-    """The tiles of an open TIFF, level by level. One per thread: it keeps up to 32 MiB of decoded tiles.
+    """The tiles of an open TIFF, level by level, for one thread. It keeps 32 MiB of decoded tiles, at least one tile.
 
     Args:
         path: the file.

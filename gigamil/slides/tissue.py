@@ -7,7 +7,7 @@ import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 from PIL import Image, ImageFilter
@@ -43,15 +43,28 @@ MIN_SIGNAL, MAX_SIGNAL = 0.05, 0.15
 
 @dataclass(frozen=True)
 class TissueMask:
-    """Where the tissue is. Pixel (row, col) is the square of side `mpp` at (col * mpp, row * mpp) micron of level 0."""
+    """Where the tissue is. Pixel (row, col) is the square of side `mpp` at (col * mpp, row * mpp) micron of level 0.
+
+    The last row and column may hang over the edge of the slide, at `width_um` and `height_um`: what lies beyond it is
+    no tissue, whatever its pixel says.
+    """
 
     mask_HW: np.ndarray
     mpp: float
+    width_um: float = math.inf
+    height_um: float = math.inf
+
+    @classmethod
+    def of(cls, info: SlideInfo, mask_HW: np.ndarray, mpp: float) -> Self:
+        """Mask of a slide, on the pixels of `Slide.thumbnail(mpp)`."""
+        return cls(mask_HW, mpp, info.width_um, info.height_um)
 
     @property
     def area_um2(self) -> float:
-        """Area of the tissue in square micron."""
-        return float(np.count_nonzero(self.mask_HW)) * self.mpp**2
+        """Area of the tissue in square micron. Cost: that of `fraction`."""
+        rows, cols = self.mask_HW.shape
+        width_um, height_um = min(self.width_um, cols * self.mpp), min(self.height_um, rows * self.mpp)
+        return float(self.fraction(0.0, 0.0, width_um, height_um)) * width_um * height_um
 
     def fraction(
         self,
@@ -66,16 +79,17 @@ class TissueMask:
             x_um, y_um: top left corners; width_um, height_um: extents, squares without a height. Arrays that broadcast,
                 or numbers.
         Returns:
-            float64 array in 0..1 of the broadcast shape. Area outside the mask counts as no tissue.
+            float64 array in 0..1 of the broadcast shape. Area outside the mask or the slide counts as no tissue.
         Cost: one pass over the mask and 4 bytes of memory for each of its pixels, then constant per rectangle.
         """
         sides = (x_um, y_um, width_um, width_um if height_um is None else height_um)
         x, y, width, height = (np.asarray(value, dtype=np.float64) / self.mpp for value in sides)
         rows, cols = self.mask_HW.shape
+        right_edge, bottom_edge = min(cols, self.width_um / self.mpp), min(rows, self.height_um / self.mpp)
         sums = _summed_area(self.mask_HW)
 
         def area_before(right: np.ndarray, bottom: np.ndarray) -> np.ndarray:
-            return _bilinear(sums, np.clip(right, 0, cols), np.clip(bottom, 0, rows))
+            return _bilinear(sums, np.clip(right, 0, right_edge), np.clip(bottom, 0, bottom_edge))
 
         upper = area_before(x + width, y) - area_before(x, y)
         lower = area_before(x + width, y + height) - area_before(x, y + height)
@@ -93,13 +107,6 @@ def mask_mpp(info: SlideInfo, tissue_mpp: float) -> float:
     return max(tissue_mpp, info.mpp_x, info.mpp_y)
 
 
-def mask_shape(info: SlideInfo, mpp: float) -> tuple[int, int]:
-    """Rows and columns of a mask of `mpp`: those of `Slide.thumbnail`."""
-    # The tolerance keeps 1000.0000001 micron at 10 micron per pixel from becoming 101 pixels.
-    rows, cols = (max(1, math.ceil(length / mpp - 1e-6)) for length in (info.height_um, info.width_um))
-    return rows, cols
-
-
 def find_tissue(
     slide: Slide,
     *,
@@ -115,7 +122,8 @@ def find_tissue(
         slide: an open slide.
         tissue_mpp: micron per pixel of the mask; a slide that is coarser is taken at its own mpp.
         min_area_um2: smaller pieces are specks, not tissue.
-        max_hole_area_um2: smaller holes are filled; larger ones (fat, lumens, tears) stay out.
+        max_hole_area_um2: smaller holes are filled; larger ones (fat, lumens, tears) stay out, and so does whatever
+            reaches the edge of the slide.
         dark_field: what to do with a slide whose background is dark and that holds something bright: refuse it, or take
             what is bright for tissue. Other slides are not affected.
         thumbnail_HW3: the slide at `mask_mpp` micron per pixel, if it was read before.
@@ -138,8 +146,8 @@ def find_tissue(
                 "fluorescence; the tissue of such slides is not found by colour. Set slides.dark_field: tissue to take "
                 "what is bright for tissue, give masks in slides.masks, or remove its row."
             )
-        return TissueMask(bright_HW, mpp)
-    return TissueMask(_cleaned(tissue_pixels(image_HW3), min_px, max_hole_px), mpp)
+        return TissueMask.of(slide.info, bright_HW, mpp)
+    return TissueMask.of(slide.info, _cleaned(tissue_pixels(image_HW3), min_px, max_hole_px), mpp)
 
 
 def bright_pixels(image_HW3: np.ndarray) -> np.ndarray | None:
@@ -240,18 +248,24 @@ def counts(values: np.ndarray, num: int) -> np.ndarray:
     return sum(parts, start=np.zeros(num, np.int64))
 
 
-def without_small(mask_HW: np.ndarray, min_px: float) -> np.ndarray:
-    """Drop 4-connected pieces of fewer than `min_px` pixels."""
+def without_small(mask_HW: np.ndarray, min_px: float, *, keep_at_border: bool = False) -> np.ndarray:
+    """Drop 4-connected pieces of fewer than `min_px` pixels; on request not those that touch the border."""
     piece_HW, num = ndimage.label(mask_HW)
     keep = counts(piece_HW, num + 1) >= min_px
+    if keep_at_border:
+        for border in (piece_HW[0], piece_HW[-1], piece_HW[:, 0], piece_HW[:, -1]):
+            keep[border] = True
     keep[0] = False
     step = max(1, STRIP_PX // mask_HW.shape[1])
     return np.concatenate([keep[piece_HW[top : top + step]] for top in range(0, len(piece_HW), step)])
 
 
 def _cleaned(mask_HW: np.ndarray, min_px: float, max_hole_px: float) -> np.ndarray:
-    """Fill small holes, then drop specks: a thin ring of tissue is then weighed together with what it encloses."""
-    return without_small(~without_small(~mask_HW, max_hole_px), min_px)
+    """Fill small holes, then drop specks: a thin ring of tissue is then weighed together with what it encloses.
+
+    Background at the border is not enclosed, so it is no hole, however small.
+    """
+    return without_small(~without_small(~mask_HW, max_hole_px, keep_at_border=True), min_px)
 
 
 def _highest(image_HW3: np.ndarray) -> np.ndarray:

@@ -49,6 +49,22 @@ def test_a_hostile_file_name_is_shown_escaped(make_slide: MakeSlide) -> None:
     assert "\x1b" not in text
 
 
+@pytest.mark.parametrize(
+    ("mpp", "sizes", "why"),
+    [
+        (25.0, {}, "its mpp 25 \\(table\\) is over 4 times slides.tile_mpp=0.5"),
+        (1.0, {"tile_px": 1, "tile_mpp": 0.25}, "12000000 tiles in its grid, over 5000000"),
+    ],
+)
+def test_the_limits_of_tiling_hold_before_a_pixel_is_read(
+    make_slide: MakeSlide, monkeypatch: pytest.MonkeyPatch, mpp: float, sizes: dict[str, float], why: str
+) -> None:
+    """A wrong mpp makes the thumbnail the whole of level 0, and the grid larger than the memory."""
+    monkeypatch.setattr("gigamil.slides.reader.Slide.read_um", pytest.fail)
+    with pytest.raises(SlideError, match=rf"slide\.tiff': {why}"):
+        inspect_slide(make_slide(plain(1000, 750, PINK), 0.5, levels=1), mpp=mpp, **sizes)
+
+
 def test_errors_come_through(make_slide: MakeSlide) -> None:
     with pytest.raises(SlideError, match="no mpp in the file"):
         inspect_slide(make_slide(plain(64, 64), None))

@@ -15,7 +15,7 @@ from gigamil.errors import SlideError
 from gigamil.slides import find_tissue, open_slide
 from gigamil.slides.masks import MAX_TEXT_BYTES, load_mask, mask_file, write_mask_geojson
 from gigamil.slides.reader import SlideInfo
-from gigamil.slides.tissue import TissueMask, mask_shape
+from gigamil.slides.tissue import TissueMask
 from gigamil.testing.slides import write_pyramid_tiff
 
 from .conftest import plain
@@ -64,7 +64,7 @@ def annotation(points: list[list[int]], kind: str = "Polygon") -> str:
 def test_geojson_gives_the_mask_back(tmp_path: Path, info: SlideInfo, mpp: float, seed: int) -> None:
     """All pixels whose centres lie on the slide; 7.3 um leaves a column that hangs over, and mpp_x is not mpp_y."""
     info = replace(info, mpp_x=0.5, mpp_y=0.51, bounds_x=100, bounds_y=40)
-    mask = TissueMask(blobs(*mask_shape(info, mpp), seed), mpp)
+    mask = TissueMask(blobs(*info.shape_at(mpp), seed), mpp)
     write_mask_geojson(tmp_path / "s.geojson", mask, info)
     found = load_mask(tmp_path / "s.geojson", info, mpp)
     rows, cols = int(info.height_um / mpp + 0.5), int(info.width_um / mpp + 0.5)
@@ -255,6 +255,21 @@ def test_a_png_that_claims_to_be_huge_is_not_decoded(tmp_path: Path, info: Slide
         )
         with pytest.raises(SlideError, match=r"s\.png': .*too many.*slides\.tissue_mpp=8"):
             load_mask(tmp_path / "s.png", info, 8.0)
+
+
+def test_a_mask_of_a_very_large_slide_is_read(tmp_path: Path, info: SlideInfo, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `gigamil tile` wrote itself; Pillow warns of such a picture, and refuses it at twice the size."""
+    monkeypatch.setattr("gigamil.slides.masks.MAX_PNG_VALUES", 4000)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5000)
+    mask_HW = blobs(100, 200)
+    path = tmp_path / "s.png"
+    Image.fromarray(mask_HW).save(path)
+    np.testing.assert_array_equal(load_mask(path, info, 8.0).mask_HW, mask_HW)
+    with pytest.raises(SlideError, match=r"200 x 100 pixels of mode 1 are too many"):
+        load_mask(path, info, 4.0)
+    Image.fromarray(mask_HW).convert("RGB").save(path)
+    with pytest.raises(SlideError, match=r"200 x 100 pixels of mode RGB are too many"):
+        load_mask(path, info, 8.0)
 
 
 @pytest.mark.parametrize(

@@ -162,6 +162,25 @@ def test_tiles_that_openslide_shows_otherwise_are_not_copied(
         assert (slide.read_um(0.0, 0.0, 50.0, 50.0, 100, 100) == truth).all()
 
 
+def test_a_level_whose_check_was_broken_off_is_checked_again(
+    make_slide: MakeSlide, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_slide(make_slide(textured(200, 200), 0.5, tile=TILE)) as slide:
+        with monkeypatch.context() as patch:
+            patch.setattr(slide, "_read_backend", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                slide.tiles(0)
+        checked: list[int] = []
+        monkeypatch.setattr(slide, "_check_tiles", checked.append)
+        slide.tiles(0)
+        slide.tiles(0)
+    assert checked == [0]
+
+
+def interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 def test_colours_that_are_converted_are_not_copied(make_slide: MakeSlide) -> None:
     with open_slide(make_slide(textured(200, 200), 0.5, tile=TILE)) as slide:
         slide._to_srgb = reader._srgb_transform(Path("x"), srgb_profile())

@@ -59,6 +59,14 @@ def test_tiles_that_hang_over_the_edge_are_drawn_to_it() -> None:
     assert are(picture, TILES)[-1, ::7].all()
 
 
+def test_a_column_and_a_row_that_start_at_the_edge_are_drawn_on_it() -> None:
+    """Rounded, they start behind the last pixel of the picture."""
+    grid = TileGrid.square(1000.4, 800.4, 100, 1.0)
+    nothing = TissueMask(np.zeros((80, 100), bool), 10.0)
+    for cell in (grid.index(10, 0), grid.index(0, 8), grid.index(10, 8)):
+        assert are(draw_overview(plain(80, 100), nothing, grid, np.array([cell])), TILES).any()
+
+
 def test_a_contact_sheet_holds_every_slide_once_and_old_pages_go(tmp_path: Path) -> None:
     colours = [(10 * n, 255 - 10 * n, 128) for n in range(25)]
     slides = []

@@ -44,10 +44,12 @@ def test_inspect_the_svs(wsi: Path) -> None:
 
 @pytest.mark.parametrize(("tile_px", "tile_mpp"), [(224, 0.5), (112, 1.0)])
 def test_svs_and_dicom_give_the_same_tiles(wsi: Path, tile_px: int, tile_mpp: float) -> None:
+    # Tiles that hang over the lower edge hold 22 % tissue.
+    min_tissue = 0.2
     with open_slide(wsi / "CMU-1-Small-Region.svs") as svs, open_slide(wsi / "CMU-1-Small-Region.dicom") as dicom:
         grid, other = (TileGrid.square(s.info.width_um, s.info.height_um, tile_px, tile_mpp) for s in (svs, dicom))
         assert grid == other
-        chosen = [set(choose_tiles(grid, find_tissue(s), 0.25)[0].tolist()) for s in (svs, dicom)]
+        chosen = [set(choose_tiles(grid, find_tissue(s), min_tissue)[0].tolist()) for s in (svs, dicom)]
         both = sorted(chosen[0] & chosen[1])
         assert len(both) >= 0.95 * len(chosen[0] | chosen[1])
         differences = []

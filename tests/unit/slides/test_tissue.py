@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from gigamil.errors import SlideError
 from gigamil.slides.masks import load_mask, write_mask_geojson
@@ -62,6 +63,40 @@ def test_specks_go_and_small_holes_are_filled(make_slide: MakeSlide) -> None:
     assert not mask_HW[250 // scale, 330 // scale]
     assert not mask_HW[550 // scale, 550 // scale]
     assert all_HW[550 // scale, 550 // scale]
+
+
+@pytest.mark.parametrize("image", [plain(256, 256, (255, 255, 255)), glass(256, 256)])
+def test_glass_at_the_border_is_no_hole(make_slide: MakeSlide, image: np.ndarray) -> None:
+    """All of a small picture, and a corner: both smaller than the holes that are filled."""
+    with open_slide(make_slide(image, 0.5)) as slide:
+        assert not find_tissue(slide, min_area_um2=1000.0).mask_HW.any()
+    image = plain(600, 600, PINK)
+    image[:, :40] = WHITE
+    image[540:, 540:] = WHITE
+    image[200:260, 200:260] = WHITE  # enclosed
+    with open_slide(make_slide(image, 2.0)) as slide:
+        mask_HW = find_tissue(slide).mask_HW
+    assert not mask_HW[:, :9].any()
+    assert not mask_HW[137:, 137:].any()
+    assert mask_HW[:130, 12:].all()
+
+
+@pytest.mark.parametrize("side", [101, 102, 103, 104])
+def test_what_hangs_over_the_edge_is_no_tissue(tmp_path: Path, make_slide: MakeSlide, side: int) -> None:
+    """Mask pixels of 8 um on a slide of 202 to 208 um: a tile at the edge has as much tissue as it has slide."""
+    with open_slide(make_slide(plain(side, side, PINK), 2.0)) as slide:
+        mask, info = find_tissue(slide), slide.info
+    assert mask.area_um2 <= (side * 2.0) ** 2
+    np.testing.assert_allclose(mask.fraction(0.0, 0.0, 400.0) * 400.0**2, mask.area_um2)
+    full_HW = np.ones(mask.mask_HW.shape, bool)
+    Image.fromarray(full_HW).save(tmp_path / "s.png")
+    write_mask_geojson(tmp_path / "s.geojson", TissueMask(full_HW, 8.0), info)
+    for name in ("s.png", "s.geojson"):
+        mask = load_mask(tmp_path / name, info, 8.0)
+        if mask.mask_HW.all():
+            np.testing.assert_allclose(mask.area_um2, (side * 2.0) ** 2)
+            np.testing.assert_allclose(mask.fraction(160.0, 160.0, 100.0), ((side * 2.0 - 160.0) / 100.0) ** 2)
+        assert mask.area_um2 <= (side * 2.0) ** 2
 
 
 def test_black_and_grey_are_not_tissue() -> None:
