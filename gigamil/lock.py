@@ -92,7 +92,7 @@ def folder_lock(path: Path | str, what: str, job: tuple[int, int] | None = None)
 def _open_locked(folder: Path, file: Path) -> int:
     """Open the lock file and take the kernel's lock on it, as a file that still has its name."""
     while True:
-        handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+        handle = _open(file, os.O_RDWR | os.O_CREAT)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -108,6 +108,17 @@ def _open_locked(folder: Path, file: Path) -> int:
         os.close(handle)  # the holder before deleted it between our open and our lock
 
 
+def _open(file: Path, flags: int) -> int:
+    """Open a lock file, and never what a link in its place leads to: that would be overwritten."""
+    try:
+        return os.open(file, flags | os.O_NOFOLLOW, 0o644)
+    except OSError as error:
+        if file.is_symlink():
+            leads_to = os.readlink(file)
+            raise EnvironmentFault(f"lock file '{file}' is a symbolic link to '{leads_to}'. Remove it.") from error
+        raise
+
+
 def _let_go(handle: int, file: Path) -> None:
     # Deleted while still locked: who waits for this file sees that it is gone and opens the next one.
     file.unlink(missing_ok=True)
@@ -121,7 +132,7 @@ def _refuse_others(folder: Path, mine: Path, job: tuple[int, int] | None) -> Non
         if file == mine or (job and theirs and int(theirs[2]) == job[1]) or not (theirs or file.name == LOCK_NAME):
             continue
         try:
-            handle = os.open(file, os.O_RDWR | os.O_NOFOLLOW)
+            handle = _open(file, os.O_RDWR)
         except FileNotFoundError:
             continue  # it has just ended
         try:

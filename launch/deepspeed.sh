@@ -9,6 +9,10 @@ shift
 
 export MLFLOW_DISABLE_TELEMETRY=${MLFLOW_DISABLE_TELEMETRY:-true}
 if [[ -n ${DS_ENV_FILE:-} ]]; then
+    [[ -f $DS_ENV_FILE && -r $DS_ENV_FILE ]] || {
+        printf 'DS_ENV_FILE=%s cannot be read; start from launch/deepspeed_env.example\n' "$DS_ENV_FILE" >&2
+        exit 2
+    }
     # A relative name would be looked for in the home folder first.
     DS_ENV_FILE=$(realpath -- "$DS_ENV_FILE")
     export DS_ENV_FILE

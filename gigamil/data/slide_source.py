@@ -55,10 +55,13 @@ class SlideSource:
         if out is None:
             out = np.empty((stop - start, self._tile_px, self._tile_px, 3), dtype=np.uint8)
         slide, size_um = self._open(manifest), (manifest.tile_width_um, manifest.tile_height_um)
+        # Tiles that are the file's own are of one level, and those beside them too; the reader may take a finer one.
+        is_raw = manifest.way == "raw"
+        level = slide.info.nearest_level(manifest.pixel_mpp_x, manifest.pixel_mpp_y) if is_raw else None
         for number in range(start, stop):
             x_um, y_um = float(index.x_um[number]), float(index.y_um[number])
             try:
-                out[number - start] = slide.read_um(x_um, y_um, *size_um, self._tile_px, self._tile_px)
+                out[number - start] = slide.read_um(x_um, y_um, *size_um, self._tile_px, self._tile_px, level=level)
             except SlideError as error:
                 raise SlideError(f"slide '{slide_id}', tile {number}: {error}") from error
         return out

@@ -14,11 +14,13 @@ from pathlib import Path
 from tqdm import tqdm
 
 from gigamil.config.schema import RunConfig, Slides
+from gigamil.cores import num_cores
 from gigamil.data.cohort import CohortTable, SlideRow, load_cohort
 from gigamil.data.coords import read_positions
 from gigamil.data.split import smoke_slides
 from gigamil.data.workers import Died, Limits, run_isolated
 from gigamil.errors import CohortError, ConfigError, ShardError, SlideError
+from gigamil.files import replace_file
 from gigamil.lock import folder_lock
 from gigamil.partition.curve import hilbert_sort
 from gigamil.shards.build import PreparedSlide, StoredPart
@@ -28,10 +30,11 @@ from gigamil.shards.job import SlideJob, fingerprint, finished_slide, slide_byte
 from gigamil.shards.manifest import SlideManifest
 from gigamil.shards.pieces import Failed, Finish, Made, Piece, make_piece
 from gigamil.shards.write import clear_leftovers, discard, refuse_links
-from gigamil.slides.overview import write_contact_sheet
+from gigamil.slides.overview import INDEX_NAME, write_contact_sheet
 
 SAY_EVERY_S = 60.0  # in a log, where there is no bar
 _LOOKERS = 8  # threads that look for finished slides: they wait for the disk
+_SHOWN = ".shown"  # in a contact sheet: a digest of what it shows
 
 
 @dataclass(frozen=True)
@@ -143,7 +146,6 @@ def _tile(
         print(f"again, at {slides.tile_mpp:g} um per pixel:", flush=True)
     patients = {row.slide_id: row.patient_id for row in rows}
     with folder_lock(root, what, place), _no_leftovers(root, None if place is None else [*patients]):
-        refuse_links(root)
         outcomes = {
             job.slide_id: _failed(
                 job, f"its file is that of slide '{copies[job.slide_id]}'; remove one of the two rows"
@@ -175,8 +177,7 @@ def _tile(
         found = [replace(outcomes[job.slide_id], patient_id=patients[job.slide_id]) for job in jobs]
         write_cohort(root, found, place)
         sheet = root / CONTACT_SHEET if place is None else root / CONTACT_SHEET / "{}-of-{}".format(*place)
-        if has_new or not sheet.exists():
-            write_contact_sheet(sheet, [_picture(root, row) for row in found if row.status != "failed"])
+        _draw_sheet(sheet, root, [row for row in found if row.status != "failed"], has_new)
     report = TileReport(tuple(found), root)
     if progress:
         print(report.text(), flush=True)
@@ -219,7 +220,7 @@ class _Crew:
         execution = self.cfg.execution
         limits = Limits(int(execution.tile_memory_gb * 1e9), execution.tile_timeout_s)
         first: list[Piece] = [slide.job for slide in self.slides]
-        num_workers = execution.tile_workers or _num_cores()
+        num_workers = execution.tile_workers or num_cores()
         with closing(run_isolated(make_piece, first, num_workers, limits=limits, more=self._follow)) as results:
             for position, _ in results:
                 slide = self.slides[position]
@@ -316,7 +317,9 @@ def _fingerprint_or_none(path: Path) -> str | None:
 
 
 def _tiled(job: SlideJob, manifest: SlideManifest, status: str, seconds: float) -> SlideOutcome:
-    if manifest.way == "raw":
+    if manifest.way == "raw" and not manifest.stored:
+        words = "only positions are kept (data.source: slides)"
+    elif manifest.way == "raw":
         words = f"{manifest.num_raw} of {manifest.num_tiles} tiles copied"
     else:
         words = manifest.way_reason
@@ -346,6 +349,17 @@ def _failed(job: SlideJob, reason: str, seconds: float = 0.0) -> SlideOutcome:
     return SlideOutcome(job.slide_id, "", "failed", reason, seconds=round(seconds, 2))
 
 
+def _draw_sheet(sheet: Path, root: Path, rows: Sequence[SlideOutcome], has_new: bool) -> None:
+    """Write the contact sheet of these slides, unless one is there that was finished: the mark in it is written last."""
+    shown = [(row.slide_id, row.tiles, row.tissue_area_mm2, row.way, row.source_fingerprint) for row in rows]
+    wanted, mark = hashlib.sha256(repr(shown).encode()).hexdigest(), sheet / _SHOWN
+    if not has_new and (sheet / INDEX_NAME).is_file() and mark.is_file() and mark.read_bytes() == wanted.encode():
+        return
+    mark.unlink(missing_ok=True)
+    write_contact_sheet(sheet, [_picture(root, row) for row in rows])
+    replace_file(mark, wanted)
+
+
 def _picture(root: Path, row: SlideOutcome) -> tuple[str, str, Path]:
     caption = f"{row.tiles} tiles, {row.tissue_area_mm2:.1f} mm2"
     return row.slide_id, caption, slide_folder(root, row.slide_id) / OVERVIEW
@@ -353,7 +367,8 @@ def _picture(root: Path, row: SlideOutcome) -> tuple[str, str, Path]:
 
 @contextmanager
 def _no_leftovers(root: Path, slide_ids: Sequence[str] | None) -> Iterator[None]:
-    """Delete what a killed run left, and at the end what children left that were ended by Ctrl-C."""
+    """Refuse links; delete what a killed run left, and at the end what children left that were ended by Ctrl-C."""
+    refuse_links(root)  # first: what lies behind a link is not ours to delete
     clear_leftovers(root, slide_ids)
     try:
         yield
@@ -405,7 +420,3 @@ def _shown(crew: _Crew, total: int, num_done: int, wanted: bool) -> Iterator[Cal
                 print(f"[{num_done}/{total}] {crew.num_tiles} tiles, {rate:.0f} tiles/s, {left}", flush=True)
 
         yield say
-
-
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -18,9 +18,9 @@ from gigamil.errors import SlideError
 from gigamil.shards.format import FORMAT_VERSION, INDEX, MASK, OVERVIEW, THUMBNAIL, TISSUE, tar_name
 from gigamil.shards.index import SlideIndex, write_index
 from gigamil.shards.job import SlideJob, fingerprint, refuse_link
-from gigamil.shards.manifest import SlideManifest, digest_file, settings_digest
+from gigamil.shards.manifest import Setting, SlideManifest, digest_file, settings_digest
 from gigamil.shards.write import StoredTar, commit, discard, place_tiles, stage, staging_folder, write_tar
-from gigamil.slides.grid import TileGrid, choose_tiles
+from gigamil.slides.grid import TileGrid, check_scale, choose_tiles, slide_grid
 from gigamil.slides.masks import load_mask, write_mask_geojson
 from gigamil.slides.native import NativeTiles, NotNative, native_tiles
 from gigamil.slides.overview import draw_overview
@@ -31,17 +31,13 @@ from gigamil.slides.tissue import TissueMask, find_tissue, mask_mpp
 
 Way = Literal["raw", "resampled"]
 
-# A slide at twice the wanted mpp still shows nuclei; an overview image among the slides would give 28,000 blurs.
-_MAX_ENLARGEMENT = 4.0
-# Cells of the grid, with or without tissue: a slide of 100,000 x 100,000 pixels in tiles of 64 has 2.4 million.
-_MAX_CELLS = 5_000_000
-
 
 @dataclass(frozen=True, eq=False)
 class PreparedSlide:
     """What is known of a slide once its tissue is found and its tiles are chosen; its pictures lie in staging.
 
     Attributes:
+        settings: of the job, with the digests that its mask and its file of positions had before they were read.
         way, way_reason: as in the manifest.
         mask_mpp, mask_sha256, tissue_area_um2: of the tissue mask.
         source_fingerprint: of the file that was opened.
@@ -51,6 +47,7 @@ class PreparedSlide:
     """
 
     job: SlideJob
+    settings: dict[str, Setting]
     info: SlideInfo
     grid: TileGrid
     way: Way
@@ -138,10 +135,13 @@ def prepare_slide(job: SlideJob) -> PreparedSlide:
     Raises: as `build_slide`.
     """
     refuse_link(job)
+    # Before the files are read: if one is replaced from here on, the slide counts as tiled with the old one, and is
+    # tiled again.
+    settings = job.settings
     # Before the file is opened: it may be a pipe. That it is missing is for the reader to say.
     source = fingerprint(job.path) if job.path.exists() else ""
     with open_job(job) as slide:
-        _check_scale(job, slide)
+        check_scale(slide.info, job.slides.tile_mpp)
         given = None
         if job.coords is not None:
             assert job.read_positions is not None, "a job with slides.coords needs a reader for them"
@@ -165,6 +165,7 @@ def prepare_slide(job: SlideJob) -> PreparedSlide:
     kept = kept[job.order(*grid.col_row(cells[kept]))]
     return PreparedSlide(
         job=job,
+        settings=settings,
         info=slide.info,
         grid=grid,
         way=way,
@@ -258,8 +259,8 @@ def finish_slide(prepared: PreparedSlide, parts: Sequence[StoredPart]) -> SlideM
         tissue_area_mm2=round(prepared.tissue_area_um2 * 1e-6, 6),
         thumbnail_mpp=prepared.mask_mpp,
         mask_sha256=prepared.mask_sha256,
-        settings=job.settings,
-        settings_hash=settings_digest(job.settings),
+        settings=prepared.settings,
+        settings_hash=settings_digest(prepared.settings),
         source_fingerprint=prepared.source_fingerprint,
         tars=tuple(part.tar.file for part in parts if part.tar),
         index=digest_file(folder / INDEX),
@@ -270,16 +271,6 @@ def finish_slide(prepared: PreparedSlide, parts: Sequence[StoredPart]) -> SlideM
     )
     commit(job.root, folder, manifest)
     return manifest
-
-
-def _check_scale(job: SlideJob, slide: Slide) -> None:
-    slide_mpp, tile_mpp = max(slide.info.mpp_x, slide.info.mpp_y), job.slides.tile_mpp
-    if slide_mpp > _MAX_ENLARGEMENT * tile_mpp:
-        raise SlideError(
-            f"slide '{job.path}': its mpp {slide_mpp:g} ({slide.info.mpp_source}) is over {_MAX_ENLARGEMENT:g} times "
-            f"slides.tile_mpp={tile_mpp:g}, so tiles would be blurs. Correct its mpp column, raise slides.tile_mpp, or "
-            "remove its row."
-        )
 
 
 def _mask(job: SlideJob, slide: Slide, thumbnail_HW3: np.ndarray) -> TissueMask:
@@ -301,12 +292,7 @@ def _choose_way(job: SlideJob, slide: Slide) -> tuple[TileGrid, Way, str]:
     info, settings = slide.info, job.slides
     if job.coords is not None:
         return PointGrid.of(info, settings.tile_px, settings.tile_mpp), "resampled", "positions of slides.coords"
-    grid = TileGrid.square(info.width_um, info.height_um, settings.tile_px, settings.tile_mpp, settings.stride_px)
-    if grid.num_tiles > _MAX_CELLS:
-        raise SlideError(
-            f"slide '{job.path}': {grid.num_tiles} tiles in its grid, over {_MAX_CELLS}. Correct its mpp column, or "
-            "raise slides.tile_px, slides.stride_px or slides.tile_mpp."
-        )
+    grid = slide_grid(info, settings.tile_px, settings.tile_mpp, settings.stride_px)
     if settings.raw_tolerance is None:
         return grid, "resampled", "slides.raw_tolerance is null"
     if grid.stride_px != grid.tile_px:
@@ -340,7 +326,9 @@ def _sharp_tiles(part: Part, slide: Slide, native: NativeTiles | None) -> Iterat
         jpeg = native.jpeg(col, row) if native else None
         is_raw = jpeg is not None
         if jpeg is None:
-            tile_HW3 = slide.read_um(x_um, y_um, grid.tile_width_um, grid.tile_height_um, grid.tile_px, grid.tile_px)
+            level = native.level if native else None  # a neighbour of copied tiles is of their level
+            side_um = grid.tile_width_um, grid.tile_height_um
+            tile_HW3 = slide.read_um(x_um, y_um, *side_um, grid.tile_px, grid.tile_px, level=level)
             # 4:2:0 as scanners themselves write; 4:4:4 costs a third more bytes and decoding time.
             jpeg = simplejpeg.encode_jpeg(
                 np.ascontiguousarray(tile_HW3), quality=settings.jpeg_quality, colorsubsampling="420"

@@ -95,7 +95,11 @@ class ShardCache:
         return self._refuse(storage, name, tar, wrong) if wrong else True
 
     def _reserve(self, handle: int, num_bytes: int) -> bool:
-        """Delete what was used longest ago until so many bytes are within the limit, and take them."""
+        """Delete what was used longest ago until so many bytes are within the limit, and take them.
+
+        Returns:
+            False, with nothing deleted, if no deleting makes room for them.
+        """
         with self._locked("room"):
             kept, copies = num_bytes, []
             for path in self._folder.iterdir():
@@ -108,14 +112,16 @@ class ShardCache:
                 if path.suffix == _COPY or time.time() - found.st_mtime > _STALE_S:
                     copies.append((found.st_mtime_ns, found.st_size, path))
                 kept += found.st_size
+            if kept - sum(size for _, size, _ in copies) > self._limit:
+                return False  # others copy just now, and without these copies it would still not fit
             for _, size, path in sorted(copies):
                 if kept <= self._limit:
                     break
                 path.unlink(missing_ok=True)  # who has it open reads on
                 kept -= size
-            if kept <= self._limit and num_bytes:
+            if num_bytes:
                 os.posix_fallocate(handle, 0, num_bytes)  # a full disk shows now, and other processes count these bytes
-            return kept <= self._limit
+            return True
 
     @contextmanager
     def _locked(self, what: str) -> Iterator[None]:

@@ -22,11 +22,10 @@ import pyarrow.parquet as pq
 
 from gigamil.errors import ShardError
 from gigamil.files import replace_file
-from gigamil.shards.format import COHORT, COHORT_CSV
+from gigamil.shards.format import COHORT, COHORT_CSV, JOBS
 
 Status = Literal["ok", "cached", "no_tissue", "failed"]
 
-_JOBS = ".gigamil-jobs"
 # A spreadsheet takes a cell that begins so for a formula: CWE-1236.
 _FORMULA = ("=", "+", "-", "@")
 
@@ -39,7 +38,7 @@ class SlideOutcome:
         status: ok (tiled now), cached (finished before), no_tissue (no tile) or failed.
         reason: why it has no tiles, or why its tiles were resampled; in plain characters.
         tiles, bytes: stored, and the size of its tars.
-        seconds: of all processes that worked on it now.
+        seconds: of all processes, in the run that tiled it; a cached slide keeps those of then.
         way: raw (the file's own tiles) or resampled; empty if it failed.
         tissue_area_mm2, mpp_x, mpp_y: NaN if it failed.
         source_fingerprint: as in the manifest.
@@ -83,10 +82,10 @@ def write_cohort(root: Path, rows: Sequence[SlideOutcome], job: tuple[int, int] 
         OSError: the disk is full.
     """
     if job is None:
-        shutil.rmtree(root / _JOBS, ignore_errors=True)
+        shutil.rmtree(root / JOBS, ignore_errors=True)
         _write_table(root, rows)
         return
-    mine = root / _JOBS / "{}-of-{}.json".format(*job)
+    mine = root / JOBS / "{}-of-{}.json".format(*job)
     replace_file(mine, json.dumps([asdict(row) for row in rows], indent=1))
     seen = None
     # Who writes the table last has looked at all parts after writing it, and would have written it again.
@@ -123,14 +122,14 @@ def plain(text: str) -> str:
 def _parts(root: Path, num_jobs: int) -> tuple[tuple[Path, int, int], ...]:
     """The files of this array's jobs, and what tells one version of a file from the next."""
     found = []
-    for path in sorted((root / _JOBS).glob(f"*-of-{num_jobs}.json")):
+    for path in sorted((root / JOBS).glob(f"*-of-{num_jobs}.json")):
         state = path.stat()
         found.append((path, state.st_ino, state.st_mtime_ns))
     return tuple(found)
 
 
 def _joined(root: Path, parts: Iterable[tuple[Path, int, int]], num_jobs: int) -> list[SlideOutcome]:
-    for path in (root / _JOBS).glob("*.json"):
+    for path in (root / JOBS).glob("*.json"):
         if not path.name.endswith(f"-of-{num_jobs}.json"):
             path.unlink(missing_ok=True)  # of an array of another size; none of its jobs can be running
     rows = {

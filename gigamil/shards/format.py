@@ -4,6 +4,7 @@ A change here, or in how pixels are read, masked or encoded, is a new FORMAT_VER
 
     <root>/cohort.parquet, cohort.csv          one row per slide: what it is, and what `gigamil tile` did to it
     <root>/contact-sheet/                      the overviews of all slides, to look over
+    <root>/.gigamil-jobs/                      what each job of an array found (see cohort_table.py)
     <root>/slides/<slide_id>/manifest.json     what the slide is, how it was tiled, digests of the files beside it
                              index.parquet     one row per tile, in stored order (see index.py)
                              tiles-00000.tar   members <slide_id>/<number>.jpg, webdataset keys <slide_id>/<number>
@@ -20,8 +21,8 @@ TILES_PER_TAR = 4096  # 50-120 MB of 224-pixel tiles: large enough for one range
 TAR_BLOCK = 512  # a USTAR header is one block, and data is padded to whole blocks
 
 SLIDES, COHORT, COHORT_CSV, CONTACT_SHEET = "slides", "cohort.parquet", "cohort.csv", "contact-sheet"
-# `gigamil tile` deletes these two whatever they hold, so they have names that nobody else gives to a folder.
-STAGING, REMOVED = ".gigamil-staging", ".gigamil-removed"
+# `gigamil tile` deletes these whatever they hold, so they have names that nobody else gives to a folder.
+STAGING, REMOVED, JOBS = ".gigamil-staging", ".gigamil-removed", ".gigamil-jobs"
 MANIFEST, INDEX, THUMBNAIL, MASK = "manifest.json", "index.parquet", "thumbnail.jpg", "mask.png"
 TISSUE, OVERVIEW = "tissue.geojson", "overview.jpg"
 EXTENSION = "jpg"

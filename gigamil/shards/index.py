@@ -17,7 +17,8 @@ class SlideIndex:
     """Columns of equal length N (tiles of the slide).
 
     Attributes:
-        tar: int32, number of the tar.
+        tar: int32, position in the manifest's `tars`; the number in the file's name may be a higher one, as tars that
+            lost all their tiles are not written.
         offset: int64, byte at which the tile's JPEG starts in its tar.
         length: int64, bytes of the JPEG.
         number: int64, the number in the member's name: ascending, and 0..N-1 unless tiles that were not sharp enough

@@ -13,7 +13,14 @@ import numpy as np
 from gigamil.config.schema import Slides
 from gigamil.errors import ShardError, SlideError
 from gigamil.shards.format import FORMAT_VERSION, MANIFEST, TILES_PER_TAR, slide_folder
-from gigamil.shards.manifest import Setting, SlideManifest, digest_file, read_manifest, settings_digest
+from gigamil.shards.manifest import (
+    FILE_SETTINGS,
+    Setting,
+    SlideManifest,
+    digest_file,
+    read_manifest,
+    settings_digest,
+)
 from gigamil.slides.masks import mask_file
 from gigamil.slides.points import coords_file
 from gigamil.slides.reader import SlideInfo
@@ -24,7 +31,7 @@ CellOrder = Callable[[np.ndarray, np.ndarray], np.ndarray]
 PositionReader = Callable[[Path, SlideInfo, int, float], np.ndarray]
 
 # Keys of `slides` that decide the tiles of one spacing as they stand; of `masks` and `coords`, the slide's own file does.
-_TILING_KEYS = tuple(key for key in Slides.model_fields if key not in ("max_failed", "extra_mpp", "masks", "coords"))
+_TILING_KEYS = tuple(key for key in Slides.model_fields if key not in ("max_failed", "extra_mpp", *FILE_SETTINGS))
 _FINGERPRINT_BYTES = 1 << 16
 
 
@@ -81,7 +88,7 @@ class SlideJob:
             OSError: the slide's mask or its file of positions is missing, or cannot be read.
         """
         chosen: dict[str, Setting] = {key: getattr(self.slides, key) for key in _TILING_KEYS}
-        given = {"mask_file_sha256": _sha256(self.mask), "coords_file_sha256": _sha256(self.coords)}
+        given = {FILE_SETTINGS["masks"]: _sha256(self.mask), FILE_SETTINGS["coords"]: _sha256(self.coords)}
         return {"format_version": FORMAT_VERSION, "table_mpp": self.mpp} | given | chosen
 
 

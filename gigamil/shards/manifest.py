@@ -15,6 +15,9 @@ from gigamil.shards.format import FORMAT_VERSION, MANIFEST
 
 Setting = str | int | float | None
 
+# These keys of `slides` name folders with a file per slide: a manifest's settings hold the digest of the slide's own.
+FILE_SETTINGS = {"masks": "mask_file_sha256", "coords": "coords_file_sha256"}
+
 
 class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -103,10 +106,16 @@ class SlideManifest(_Record):
         """Why there is no tile; empty if there are tiles."""
         if self.num_tiles:
             return ""
-        if not self.tissue_area_mm2:
-            return "no tissue found: the slide is empty, or all of it lies in specks below slides.min_tissue_area_um2"
+        given_mask, given_coords = (self.settings.get(name) for name in FILE_SETTINGS.values())
         if self.num_dropped:
-            return f"all {self.num_dropped} tiles with tissue were dropped by slides.max_pen or slides.min_sharpness"
+            which = "given" if given_coords else "with tissue"
+            return f"all {self.num_dropped} tiles {which} were dropped by slides.max_pen or slides.min_sharpness"
+        if given_coords:
+            return "its file in slides.coords names no position; make it anew, or remove the slide's row"
+        if not self.tissue_area_mm2:
+            if given_mask:
+                return "its mask in slides.masks shows no tissue; correct it, or remove the slide's row"
+            return "no tissue found: the slide is empty, or all of it lies in specks below slides.min_tissue_area_um2"
         return (
             f"{self.tissue_area_mm2:.3f} mm2 of tissue, but no tile of {self.tile_um:g} um holds enough of it; "
             f"lower slides.min_tissue ({self.settings['min_tissue']}) or slides.tile_px"

@@ -35,7 +35,7 @@ from gigamil.shards.format import (
     slide_folder,
 )
 from gigamil.shards.index import SlideIndex, read_index
-from gigamil.shards.manifest import FileDigest, SlideManifest, no_manifest, parse_manifest
+from gigamil.shards.manifest import FILE_SETTINGS, FileDigest, SlideManifest, no_manifest, parse_manifest
 from gigamil.shards.storage import LocalStorage, Storage, open_storage
 
 _SLIDE_ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
@@ -88,8 +88,9 @@ class ShardSet:
         Raises:
             ShardError: they cannot be listed, or one has no manifest.
         """
-        found = self._listed_in_table() if self.is_remote else None
-        if found is None:
+        if self.is_remote and self._table is not None:  # not every server lists folders
+            found = sorted(slide_id for slide_id, tiles, _ in self._table if tiles)
+        else:
             try:
                 found = self._storage.folders(SLIDES)
             except OSError as error:
@@ -225,12 +226,23 @@ class ShardSet:
             )
 
     def made_with(self, slide_id: str, settings: Mapping[str, object]) -> bool:
-        """Whether a slide's tiles were made with these settings, of those that both know.
+        """Whether a slide's tiles were made with these settings, of those that both know, and tiling has not failed since.
 
-        When tiling a slide anew fails, its old shards stay.
+        When tiling a slide anew fails, its old shards stay, and the cohort's table says so. Of `masks` and `coords`, the
+        manifest has digests of files, which cannot be compared here: it counts whether there was a file.
+
+        Raises:
+            ShardError: the manifest or the cohort's table is damaged.
         """
         recorded = self.manifest(slide_id).settings
-        return all(recorded[name] == value for name, value in settings.items() if name in recorded)
+        for name, value in settings.items():
+            if name in FILE_SETTINGS:
+                is_other = (value is None) != (recorded.get(FILE_SETTINGS[name]) is None)
+            else:
+                is_other = name in recorded and recorded[name] != value
+            if is_other:
+                return False
+        return slide_id not in self._failed
 
     def thumbnail(self, slide_id: str) -> tuple[np.ndarray, float]:
         """Thumbnail uint8 (H, W, 3) and its micron per pixel; pixel (0, 0) starts at the corner of level 0."""
@@ -247,22 +259,36 @@ class ShardSet:
         except OSError as error:
             raise self._damaged(slide_id, name, f"cannot be read: {error}") from error
 
-    def _listed_in_table(self) -> list[str] | None:
-        """Slides of the cohort's table: not every server lists folders."""
+    @cached_property
+    def _table(self) -> list[tuple[str, int | None, str | None]] | None:
+        """Slide, number of tiles and status of each row of the cohort's table; None if there is no table."""
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
+        where = self._storage.where(COHORT)
+        cure = "Check the URL." if self.is_remote else "Run `gigamil tile` to write it."
         try:
             data = self._storage.read(COHORT)
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise ShardError(f"'{self._storage.where(COHORT)}' cannot be read: {error}. Check the URL.") from error
-        with pq.ParquetFile(BytesIO(data)) as table:
-            rows = table.read(columns=["slide_id", "tiles"], use_threads=False).to_pylist()
-        odd = [row["slide_id"] for row in rows if not _SLIDE_ID.fullmatch(str(row["slide_id"]))]
+            raise ShardError(f"'{where}' cannot be read: {error}. {cure}") from error
+        try:
+            with pq.ParquetFile(BytesIO(data)) as file:
+                table = file.read(columns=["slide_id", "tiles", "status"], use_threads=False)
+            slide_ids, tiles = table["slide_id"].to_pylist(), table["tiles"].to_pylist()
+        except (OSError, pa.ArrowException, KeyError) as error:
+            raise ShardError(f"'{where}' is not the table of a cohort: {error}. {cure}") from error
+        status = table["status"].to_pylist() if "status" in table.column_names else [None] * len(tiles)
+        odd = [slide_id for slide_id in slide_ids if not _SLIDE_ID.fullmatch(str(slide_id))]
         if odd:
-            raise ShardError(f"'{self._storage.where(COHORT)}' names slides that no slide can be called: {odd[:3]!r}")
-        return sorted(row["slide_id"] for row in rows if row["tiles"])
+            raise ShardError(f"'{where}' names slides that no slide can be called: {odd[:3]!r}")
+        return list(zip(slide_ids, tiles, status, strict=True))
+
+    @cached_property
+    def _failed(self) -> frozenset[str]:
+        """Slides that the last run could not tile, by the cohort's table."""
+        return frozenset(slide_id for slide_id, _, status in self._table or () if status == "failed")
 
     def _load_manifests(self, slide_ids: Iterable[str]) -> None:
         """Read many manifests, of a server several at once."""

@@ -140,7 +140,7 @@ class RemoteStorage:
         if not separator or scheme not in SCHEMES:
             raise ConfigError(
                 f"{shown} is neither a local folder nor a URL that shards are read from. Use a plain path, or one of "
-                + ", ".join(f"{allowed}://" for allowed in SCHEMES)
+                + ", ".join(f"{allowed}://" for allowed in SCHEMES if allowed != "memory")  # that one is for tests
             )
         if "::" in rest or len(rest) > _LONGEST_URL or not _PLAIN.fullmatch(rest):
             raise ConfigError(

@@ -8,13 +8,11 @@ imports torch, 400 MB and two seconds in each process of `gigamil tile`.
 """
 
 import hashlib
-import itertools
 import os
 import shutil
 import tarfile
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,16 +21,16 @@ import numpy as np
 from gigamil.errors import ShardError
 from gigamil.files import fsync
 from gigamil.shards.format import (
+    CONTACT_SHEET,
+    JOBS,
     MANIFEST,
     REMOVED,
     SLIDES,
     STAGING,
     TAR_BLOCK,
-    TILES_PER_TAR,
     member_name,
     padded,
     slide_folder,
-    tar_name,
 )
 from gigamil.shards.manifest import FileDigest, SlideManifest
 
@@ -81,14 +79,6 @@ def write_tar(path: Path, slide_id: str, tiles: Iterable[tuple[int, bytes]]) -> 
     )
 
 
-def write_tars(
-    folder: Path, slide_id: str, jpegs: Iterable[bytes], tiles_per_tar: int = TILES_PER_TAR
-) -> tuple[StoredTar, ...]:
-    """Write tiles, numbered in the order given, to as many tars as needed."""
-    groups = itertools.groupby(enumerate(jpegs), key=lambda tile: tile[0] // tiles_per_tar)
-    return tuple(write_tar(folder / tar_name(tar), slide_id, tiles) for tar, tiles in groups)
-
-
 def place_tiles(tars: Sequence[StoredTar]) -> dict[str, np.ndarray]:
     """The columns of `SlideIndex` that say where tiles lie."""
 
@@ -122,22 +112,13 @@ def discard(root: Path, slide_id: str) -> None:
     shutil.rmtree(staging_folder(root, slide_id), ignore_errors=True)
 
 
-@contextmanager
-def staged_slide(root: Path, slide_id: str) -> Iterator[Path]:
-    """Give an empty staging folder for a slide; what is not committed when the block ends is deleted."""
-    try:
-        yield stage(root, slide_id)
-    finally:
-        discard(root, slide_id)
-
-
 def commit(root: Path, staged: Path, manifest: SlideManifest) -> None:
     """Make a staged slide final: flush its files, write the manifest last, rename the folder.
 
-    Shards of the slide that are there already go when the new ones are complete and not before.
+    Shards of the slide that are there already go when the new ones are in their place and not before.
 
     Raises:
-        OSError: the disk is full.
+        OSError: the disk is full, or a folder cannot be renamed.
     """
     final, old = slide_folder(root, manifest.slide_id), root / REMOVED / manifest.slide_id
     final.parent.mkdir(parents=True, exist_ok=True)
@@ -146,12 +127,19 @@ def commit(root: Path, staged: Path, manifest: SlideManifest) -> None:
     (staged / MANIFEST).write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
     fsync(staged / MANIFEST)
     fsync(staged)
-    if final.exists():
+    is_there = final.exists()
+    if is_there:
         # It disappears with one rename, so no reader sees half of it.
         old.parent.mkdir(parents=True, exist_ok=True)
         final.rename(old)
-    staged.rename(final)
+    try:
+        staged.rename(final)
+    except BaseException:
+        if is_there:
+            old.rename(final)
+        raise
     fsync(final.parent)
+    (old / MANIFEST).unlink(missing_ok=True)  # first: what has its manifest is whole, for `clear_leftovers`
     shutil.rmtree(old, ignore_errors=True)  # what a reader still holds open is for `clear_leftovers`
 
 
@@ -163,7 +151,7 @@ def refuse_links(root: Path) -> None:
     Raises:
         ShardError: names the link.
     """
-    for path in (root / SLIDES, root / STAGING, root / REMOVED):
+    for path in (root / name for name in (SLIDES, STAGING, REMOVED, JOBS, CONTACT_SHEET)):
         if path.is_symlink():
             raise ShardError(
                 f"'{path}' is a symbolic link to '{os.readlink(path)}', outside of what `gigamil tile` may write. "
@@ -172,11 +160,22 @@ def refuse_links(root: Path) -> None:
 
 
 def clear_leftovers(root: Path, slide_ids: Sequence[str] | None = None) -> None:
-    """Delete what a run that was stopped left. Call it only while holding the folder's lock.
+    """Delete what a run that was stopped left. Call it only while holding the folder's lock, after `refuse_links`.
+
+    Shards that were to be replaced are put back if the new ones did not get as far as their place.
 
     Args:
         slide_ids: only what belongs to these slides, where others work in the folder too. Default: all.
+    Raises:
+        OSError: shards cannot be put back; they stay where they are.
     """
+    removed = root / REMOVED
+    if removed.is_dir():
+        for slide_id in os.listdir(removed) if slide_ids is None else slide_ids:
+            final = slide_folder(root, slide_id)
+            if (removed / slide_id / MANIFEST).is_file() and not os.path.lexists(final):
+                final.parent.mkdir(exist_ok=True)
+                (removed / slide_id).rename(final)
     for name in (STAGING, REMOVED):
         for path in [root / name] if slide_ids is None else [root / name / slide_id for slide_id in slide_ids]:
             shutil.rmtree(path, ignore_errors=True)

@@ -1,22 +1,39 @@
 """Shards without a slide file: for tests of what comes after tiling."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import simplejpeg
 from PIL import Image
 
-from gigamil.shards.format import FORMAT_VERSION, INDEX, MASK, OVERVIEW, THUMBNAIL, TILES_PER_TAR, TISSUE
+from gigamil.shards.format import FORMAT_VERSION, INDEX, MASK, OVERVIEW, THUMBNAIL, TILES_PER_TAR, TISSUE, tar_name
 from gigamil.shards.index import SlideIndex, write_index
 from gigamil.shards.manifest import SlideManifest, digest_file, settings_digest
-from gigamil.shards.write import commit, place_tiles, staged_slide, write_tars
+from gigamil.shards.write import StoredTar, commit, discard, place_tiles, stage, write_tar
 
 
 def noise_jpegs(num: int, tile_px: int, seed: int = 0) -> list[bytes]:
     """JPEG tiles of noise; no two are equal."""
     tiles = np.random.default_rng(seed).integers(0, 256, (num, tile_px, tile_px, 3), dtype=np.uint8)
     return [simplejpeg.encode_jpeg(tile, quality=90) for tile in tiles]
+
+
+@contextmanager
+def staged_slide(root: Path, slide_id: str) -> Iterator[Path]:
+    """Give an empty staging folder for a slide; what is not committed when the block ends is deleted."""
+    try:
+        yield stage(root, slide_id)
+    finally:
+        discard(root, slide_id)
+
+
+def write_tars(folder: Path, slide_id: str, jpegs: Iterable[bytes], tiles_per_tar: int) -> tuple[StoredTar, ...]:
+    """Write tiles, numbered in the order given, to as many tars as needed."""
+    groups = itertools.groupby(enumerate(jpegs), key=lambda tile: tile[0] // tiles_per_tar)
+    return tuple(write_tar(folder / tar_name(tar), slide_id, tiles) for tar, tiles in groups)
 
 
 def make_shards(

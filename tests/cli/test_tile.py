@@ -15,6 +15,8 @@ import numpy as np
 import psutil
 import pytest
 
+from gigamil.cli import main
+from gigamil.config.load import to_yaml
 from gigamil.config.schema import Bookkeeping, Cohort, Data, Execution, RunConfig, Slides
 from gigamil.data.decode import decode_tiles
 from gigamil.data.tile import ArrayJob, TileReport, tile_cohort
@@ -131,8 +133,6 @@ if __name__ == "__main__":
 
 def test_killed_in_the_middle_then_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """kill -9: finished slides stay, nothing half-finished has a final name, and the same command ends the work."""
-    from gigamil.config.load import to_yaml
-
     monkeypatch.setattr("gigamil.data.tile.TILES_PER_TAR", 150)  # several pieces for each slide
     slides = {f"s{n}": (draw(tmp_path / f"s{n}.tiff", size=768), "") for n in range(6)}
     cfg = cohort(tmp_path, slides)
@@ -194,8 +194,6 @@ def test_ctrl_c_says_one_line_and_leaves_nothing_half_done(
     tmp_path: Path, gigamil: Callable[..., Any], moment: str
 ) -> None:
     """SIGINT to the whole process group, as a terminal sends it."""
-    from gigamil.config.load import to_yaml
-
     cfg = cohort(tmp_path, {f"s{n}": (draw(tmp_path / f"s{n}.tiff", size=1024), "") for n in range(6)})
     root = cfg.bookkeeping.shard_root
     (tmp_path / "run.yaml").write_text(to_yaml(cfg))
@@ -466,10 +464,17 @@ def test_training_from_slides_needs_positions_only(tmp_path: Path) -> None:
     assert [row.status for row in tile_cohort(cfg, progress=False).rows] == ["ok", "ok"]  # with pixels now
 
 
+@pytest.mark.usefixtures("in_process")
+def test_without_progress_tile_says_the_result_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cfg = cohort(tmp_path, {"a": (draw(tmp_path / "a.tiff"), ""), "b": (tmp_path / "gone.tiff", "")}, progress=False)
+    (tmp_path / "run.yaml").write_text(to_yaml(cfg))
+    assert main(["tile", str(tmp_path / "run.yaml")]) == 3
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines] == [["b", "failed"], ["2", "slides:"]]
+
+
 def test_jobs_of_an_array_tile_one_cohort_at_once(tmp_path: Path, gigamil: Callable[..., Any]) -> None:
     """Real processes that start together; the table and the shards are those of one run."""
-    from gigamil.config.load import to_yaml
-
     slides = {f"s{n:02}": (draw(tmp_path / f"s{n:02}.tiff"), "") for n in range(9)}
     slides["bad"] = (tmp_path / "gone.tiff", "")
     cfg = cohort(tmp_path, slides)
@@ -516,12 +521,39 @@ def test_links_where_tile_writes_are_refused(tmp_path: Path) -> None:
     cfg = cohort(tmp_path, {"a": (draw(tmp_path / "a.tiff"), ""), "b": (draw(tmp_path / "b.tiff"), "")})
     (tmp_path / "run").mkdir()
     cfg.bookkeeping.shard_root.symlink_to(tmp_path / "disk")
-    for name in (".gigamil-staging", ".gigamil-removed", "slides"):
+    (tmp_path / "elsewhere" / "a").mkdir()  # would be deleted as what is left of slide a
+    for name in (".gigamil-staging", ".gigamil-removed", ".gigamil-jobs", "slides", "contact-sheet"):
         (tmp_path / "disk" / name).symlink_to(tmp_path / "elsewhere")
-        with pytest.raises(ShardError, match=rf"{name}' is a symbolic link to '.*elsewhere'"):
-            tile_cohort(cfg, progress=False)
+        for job in (None, ArrayJob(1, 1)):
+            with pytest.raises(ShardError, match=rf"{name}' is a symbolic link to '.*elsewhere'"):
+                tile_cohort(cfg, progress=False, job=job)
         (tmp_path / "disk" / name).unlink()
-    assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["precious"]
+    assert sorted(path.name for path in (tmp_path / "elsewhere").iterdir()) == ["a", "precious"]
+
+
+@pytest.mark.usefixtures("in_process")
+def test_the_contact_sheet_is_mended_and_else_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After Ctrl-C within it or a kill before it, and when a slide left the table, though no slide is tiled."""
+    slides = {name: (draw(tmp_path / f"{name}.tiff"), "") for name in ("a", "b", "c")}
+    first_two = {name: slides[name] for name in "ab"}
+    page = tile_cohort(cohort(tmp_path, first_two), progress=False).shards / "contact-sheet" / "page-001.jpg"
+    two = page.read_bytes()
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for moment, size in (("write_contact_sheet", 256), ("write_cohort", 288)):
+        draw(slides["c"][0], size=size)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(f"gigamil.data.tile.{moment}", stop)
+            tile_cohort(cohort(tmp_path, slides), progress=False)
+        assert page.read_bytes() == two
+        assert {row.status for row in tile_cohort(cohort(tmp_path, slides), progress=False).rows} == {"cached"}
+        assert page.read_bytes() != two
+        tile_cohort(cohort(tmp_path, first_two), progress=False)
+        assert page.read_bytes() == two
+    monkeypatch.setattr("gigamil.data.tile.write_contact_sheet", stop)
+    tile_cohort(cohort(tmp_path, first_two), progress=False)
 
 
 def test_what_a_slide_says_of_itself_is_harmless_in_the_table(

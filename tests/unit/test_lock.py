@@ -226,3 +226,17 @@ def test_of_many_that_start_at_once_never_two_get_in(tmp_path: Path) -> None:
     assert got_in.is_set()
     assert wrong == []
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", [LOCK_NAME, ".gigamil-job-1-of-2.lock"])
+def test_a_lock_that_is_a_link_is_not_followed(tmp_path: Path, name: str) -> None:
+    (tmp_path / "precious").write_text("precious")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / name).symlink_to(tmp_path / "precious")
+    with (
+        pytest.raises(EnvironmentFault, match=rf"'.*{name}' is a symbolic link to '.*precious'\. Remove it"),
+        folder_lock(folder, "x"),
+    ):
+        pass
+    assert (tmp_path / "precious").read_text() == "precious"

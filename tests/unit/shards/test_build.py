@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 from dataclasses import replace
@@ -369,6 +370,37 @@ def test_a_given_mask_wins_and_a_new_one_means_new_tiles(job: SlideJob, tmp_path
     assert build_slide(job).num_tiles == 8
     (masks / "slide.1.png").unlink()
     assert finished_slide(replace(job)) is None
+
+
+def test_a_mask_that_is_replaced_while_its_slide_is_tiled(job: SlideJob, tmp_path: Path) -> None:
+    """The tiles are those of the old mask, and so count as stale. The pieces are made in several processes."""
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    mask = np.zeros((64, 64), np.uint8)
+    mask[8:16, 8:16] = 255
+    Image.fromarray(mask).save(masks / "slide.1.png")
+    job = with_slides(job, masks=masks)
+    prepared = pickle.loads(pickle.dumps(prepare_slide(job)))  # noqa: S301 (our own bytes)
+    mask[8:16, 16:24] = 255
+    Image.fromarray(mask).save(masks / "slide.1.png")
+    manifest = finish_slide(prepared, [store_part(part) for part in prepared.parts()])
+    assert manifest.num_tiles == 4
+    assert finished_slide(replace(job)) is None
+
+
+def test_why_there_is_no_tile_with_a_mask_or_positions_of_ones_own(job: SlideJob, tmp_path: Path) -> None:
+    (tmp_path / "masks").mkdir()
+    Image.fromarray(np.zeros((64, 64), np.uint8)).save(tmp_path / "masks" / "slide.1.png")
+    masked = build_slide(with_slides(job, masks=tmp_path / "masks"))
+    assert masked.why_empty.startswith("its mask in slides.masks shows no tissue")
+    build_slide(job)
+    with h5py.File(export_coords(ShardSet(job.root), tmp_path / "coords", "trident")[0], "r+") as file:
+        attributes = dict(file["coords"].attrs)
+        del file["coords"]
+        file.create_dataset("coords", data=np.zeros((0, 2), np.int64)).attrs.update(attributes)
+    given = build_slide(replace(with_slides(job, coords=tmp_path / "coords"), read_positions=read_positions))
+    assert given.num_tiles == 0
+    assert given.why_empty.startswith("its file in slides.coords names no position")
 
 
 def test_tiles_at_positions_that_another_tool_chose(job: SlideJob, tmp_path: Path) -> None:

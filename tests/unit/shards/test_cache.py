@@ -166,6 +166,15 @@ def test_what_a_killed_process_left_is_deleted_when_room_is_needed(root: Path, f
     assert not left.exists()
 
 
+def test_nothing_is_deleted_where_that_makes_too_little_room(root: Path, folder: Path) -> None:
+    shards = ShardSet(root, ShardCache(folder, sum(tar_bytes(root)[:2])))
+    shards.read_span("s", 0, 4)
+    before = copies(folder)
+    (folder / ("0" * 64 + ".part")).write_bytes(bytes(tar_bytes(root)[0] + 1))  # another process copies just now
+    assert shards.read_span("s", 4, 8) == JPEGS[4:8]
+    assert before.items() <= copies(folder).items()
+
+
 def read_all(root: Path, folder: Path, limit: int) -> None:
     shards = ShardSet(root, ShardCache(folder, limit))
     for _ in range(5):

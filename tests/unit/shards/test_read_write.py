@@ -17,12 +17,13 @@ import webdataset
 from webdataset.tariterators import group_by_keys, tar_file_expander, tar_file_iterator
 
 from gigamil.errors import ShardError
+from gigamil.shards.cohort_table import SlideOutcome, write_cohort
 from gigamil.shards.format import INDEX, MANIFEST, REMOVED, STAGING, slide_folder
 from gigamil.shards.index import SlideIndex, write_index
 from gigamil.shards.manifest import digest_file
 from gigamil.shards.read import ShardSet, _checked_index, _usual_header
-from gigamil.shards.write import clear_leftovers, staged_slide
-from gigamil.testing.shards import make_shards, noise_jpegs
+from gigamil.shards.write import clear_leftovers
+from gigamil.testing.shards import make_shards, noise_jpegs, staged_slide
 
 DOTTED = "TCGA-83-5908-01Z-00-DX1.381c8f82-61a0-4e9d-982d-1ad0af7bead9"
 JPEGS = noise_jpegs(10, 16)
@@ -362,6 +363,43 @@ def test_new_shards_replace_old_ones(tmp_path: Path) -> None:
     assert not any((tmp_path / REMOVED).iterdir())
 
 
+def test_old_shards_come_back_where_new_ones_cannot_take_their_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_shards(tmp_path, "s", JPEGS, tile_px=16)
+    real = Path.rename
+
+    def refused(path: Path, target: Path) -> Path:
+        if path.parent.name == STAGING:
+            raise OSError(5, "Input/output error")
+        return real(path, target)
+
+    monkeypatch.setattr(Path, "rename", refused)
+    with pytest.raises(OSError, match="Input/output error"):
+        make_shards(tmp_path, "s", JPEGS[:3], tile_px=16)
+    assert ShardSet(tmp_path).read_span("s", 0, 10) == JPEGS
+
+
+@pytest.mark.parametrize("slide_ids", [None, ["other", "s"]])
+def test_old_shards_come_back_after_a_kill_between_two_renames(tmp_path: Path, slide_ids: list[str] | None) -> None:
+    def move_to_removed(root: Path) -> Path:
+        (tmp_path / REMOVED).mkdir(exist_ok=True)
+        return slide_folder(root, "s").rename(tmp_path / REMOVED / "s")
+
+    make_shards(tmp_path, "s", JPEGS, tile_px=16)
+    move_to_removed(tmp_path)
+    clear_leftovers(tmp_path, slide_ids)
+    assert ShardSet(tmp_path).read_span("s", 0, 10) == JPEGS
+    # Not in the place of new ones, and not those of which a part is deleted already.
+    make_shards(tmp_path / "a", "s", JPEGS[:3], tile_px=16)
+    move_to_removed(tmp_path / "a")
+    clear_leftovers(tmp_path, slide_ids)
+    assert ShardSet(tmp_path).manifest("s").num_tiles == 10
+    (move_to_removed(tmp_path) / MANIFEST).unlink()
+    clear_leftovers(tmp_path, slide_ids)
+    assert list(tmp_path.rglob("*.tar")) == []
+
+
 @pytest.mark.parametrize(
     "name", ["../other/tiles-00000.tar", "/etc/passwd", "..", ".hidden", "", "a/b", "a\\\\b", "a\\n"]
 )
@@ -381,3 +419,26 @@ def test_shards_of_other_settings_are_told_apart(tmp_path: Path) -> None:
     shards = ShardSet(tmp_path)
     assert shards.made_with("a", {"min_tissue": 0.25, "tile_px": 32, "max_failed": 3})
     assert not shards.made_with("a", {"min_tissue": 0.5, "tile_px": 32})
+
+
+@pytest.mark.parametrize(("key", "recorded"), [("masks", "mask_file_sha256"), ("coords", "coords_file_sha256")])
+def test_shards_with_a_mask_or_positions_of_ones_own_are_told_from_those_without(
+    tmp_path: Path, key: str, recorded: str
+) -> None:
+    make_shards(tmp_path, "a", JPEGS, tile_px=16)
+    assert ShardSet(tmp_path).made_with("a", {key: None})
+    assert not ShardSet(tmp_path).made_with("a", {key: Path("folder")})
+    path = slide_folder(tmp_path, "a") / MANIFEST
+    manifest = json.loads(path.read_text())
+    manifest["settings"] = {recorded: "0" * 64}
+    path.write_text(json.dumps(manifest))
+    assert not ShardSet(tmp_path).made_with("a", {key: None})
+    assert ShardSet(tmp_path).made_with("a", {key: Path("folder")})
+
+
+def test_old_shards_of_a_slide_that_failed_since_are_not_those_that_are_wanted(tmp_path: Path) -> None:
+    """Its new mask may be unreadable, for example: the manifest cannot tell."""
+    for slide_id in ("a", "b"):
+        make_shards(tmp_path, slide_id, JPEGS, tile_px=16)
+    write_cohort(tmp_path, [SlideOutcome("a", "p", "cached", ""), SlideOutcome("b", "q", "failed", "no such file")])
+    assert [ShardSet(tmp_path).made_with(slide_id, {}) for slide_id in ("a", "b")] == [True, False]

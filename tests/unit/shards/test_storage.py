@@ -97,6 +97,15 @@ def test_a_table_cannot_lead_elsewhere(server: Server, root: Path, slide_id: str
         ShardSet(server.url).slide_ids  # noqa: B018 (reads the table)
 
 
+def test_a_table_that_is_none(server: Server, root: Path) -> None:
+    other = pa.BufferOutputStream()
+    pq.write_table(pa.table({"slide_id": ["c"], "status": ["ok"]}), other)
+    for content in (b"<!doctype html><title>Log in</title>", b"", other.getvalue().to_pybytes()):
+        (root / "cohort.parquet").write_bytes(content)
+        with pytest.raises(ShardError, match=rf"'{server.url}/cohort.parquet' is not the table .* Check the URL\."):
+            ShardSet(server.url).slide_ids  # noqa: B018 (reads the table)
+
+
 def test_damage_on_a_server_is_named(server: Server, root: Path) -> None:
     tar = root / "slides" / "a.b" / "tiles-00001.tar"
     os.truncate(tar, 700)
@@ -154,6 +163,7 @@ def test_urls_that_would_do_more_than_name_a_folder(url: str, words: str) -> Non
     with pytest.raises(ConfigError, match=words) as caught:
         ShardSet(url)
     assert "\x1b" not in str(caught.value)
+    assert "memory" not in str(caught.value)  # nobody's shards outlive a process
     assert len(str(caught.value)) < 400
 
 
