@@ -12,6 +12,7 @@ import torch
 from gigamil.config.load import absolute_paths
 from gigamil.config.schema import RunConfig
 from gigamil.data.cohort import load_cohort
+from gigamil.data.features import FeatureSet
 from gigamil.data.folds import freeze_folds, make_folds
 from gigamil.data.scan import slide_id_of
 from gigamil.data.split import (
@@ -32,7 +33,7 @@ from gigamil.evaluate.features import cache_features
 from gigamil.evaluate.heatmap import heatmap_run
 from gigamil.evaluate.picture import ReadTiles
 from gigamil.evaluate.predict import SlidePrediction, load_model, predict_slides
-from gigamil.evaluate.predictions import FILE_NAME, Predictions, write_predictions
+from gigamil.evaluate.predictions import FILE_NAME, Predictions, read_predictions, write_predictions
 from gigamil.evaluate.report import evaluate_run, write_report
 from gigamil.evaluate.summary import Evaluation
 from gigamil.parallel.topology import Topology
@@ -130,18 +131,22 @@ def draw_heatmaps(
     Args:
         config: of a trained run.
         slides: slide ids of the run, or paths of slide files, which are tiled and predicted first (their results go to
-            `<out>/new_slides`); none takes `bookkeeping.heatmaps` held-out slides.
+            `<out>/new_slides`); none takes `bookkeeping.heatmaps` held-out slides. An id of an evaluated slide is an id,
+            also where a file or folder has that name.
         lesions_um: known lesions to outline, micron from the level-0 origin.
         mpp: of slide files that carry none.
     Returns:
         PNG and GeoJSON files.
+    Raises:
+        ConfigError: the run was trained with another configuration, or new slides would get features of another encoder.
     """
     out = config.bookkeeping.out
-    files = [Path(name) for name in slides if Path(name).exists()]
-    ids = [name for name in slides if not Path(name).exists()]
+    known = read_predictions(out / FILE_NAME).slide_ids if (out / FILE_NAME).is_file() else ()
+    files = [Path(name) for name in slides if name not in known and Path(name).exists()]
+    ids = [name for name in slides if name in known or not Path(name).exists()]
     drawn: list[Path] = []
     if files:
-        drawn += _heatmap_new(config, files, mpp)
+        drawn += _heatmap_new(config, files, mpp, lesions_um)
     if ids or not files:
         shards = open_tiles(config, load_cohort(config.cohort, need_labels=False, need_files=False))
         number = config.bookkeeping.heatmaps
@@ -284,32 +289,53 @@ def _predict_into(
     write_predictions(folder / FILE_NAME, predictions)
 
 
-def _heatmap_new(config: RunConfig, files: Sequence[Path], mpp: float | None) -> list[Path]:
+def _heatmap_new(
+    config: RunConfig, files: Sequence[Path], mpp: float | None, lesions_um: Mapping[str, Sequence[Box]] | None
+) -> list[Path]:
     folder = config.bookkeeping.out / "new_slides"
     if config.data.source == "features" and config.data.features is not None:
         raise ConfigError(
             f"'{files[0]}' is a slide file, and this run takes features from '{config.data.features}' (data.features). Put "
             "the slide's features there, name it in the slide table, and give its id."
         )
+    data = load_training_data(config)
+    _refuse_other_checkpoint(config, data)
     folder.mkdir(parents=True, exist_ok=True)
     names = _distinct([slide_id_of(path.resolve().name) for path in files])
     table = folder / "slides.csv"
     with table.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
-        writer.writerow(["slide_id", "path", "patient_id", "mpp"])
+        writer.writerow(["slide_id", "path", "patient_id"])
         for name, path in zip(names, files, strict=True):
-            writer.writerow([name, path.resolve(), name, "" if mpp is None else mpp])
+            writer.writerow([name, path.resolve(), name])
     cohort = config.cohort.model_copy(update={"table": table, "root": None, "columns": type(config.cohort.columns)()})
     book = config.bookkeeping.model_copy(update={"out": folder, "shards": folder / "shards", "limit": None})
-    new = config.model_copy(update={"cohort": cohort, "bookkeeping": book})
+    default_mpp = config.slides.default_mpp if mpp is None else mpp
+    slides = config.slides.model_copy(update={"default_mpp": default_mpp})
+    new = config.model_copy(update={"cohort": cohort, "slides": slides, "bookkeeping": book})
     refuse_failures(tile_cohort(new, progress=config.bookkeeping.progress), 0)
     if config.data.source == "features":
         alone = config.execution.model_copy(update={"ranks": 1, "group_size": None})
         cache_features(new.model_copy(update={"execution": alone}))
     shards = open_tiles(new, load_cohort(cohort, need_labels=False))
+    _refuse_other_encoder(data.shards, shards, names)
     paths = {name: path.resolve() for name, path in zip(names, files, strict=True)}
     _predict_into(folder, config, shards, names, None, paths)
-    return heatmap_run(folder, shards, names, **_sights(new, shards, paths))
+    return heatmap_run(folder, shards, names, lesions_um=lesions_um, **_sights(new, shards, paths))
+
+
+def _refuse_other_encoder(trained: TiledSlides, new: TiledSlides, names: Sequence[str]) -> None:
+    """Refuse features of new slides that were not made as those that the head was trained on."""
+    if not (isinstance(trained, FeatureSet) and isinstance(new, FeatureSet)):
+        return
+    made, found = trained.manifest(trained.slide_ids[0]), new.manifest(names[0])
+    if made.encoder_sha256 and made.encoder_sha256 != found.encoder_sha256:
+        raise ConfigError(
+            f"the features of this run were made by the encoder '{made.encoder}' ({made.encoder_sha256[:12]}), and those of "
+            f"'{names[0]}' by '{found.encoder}' ({found.encoder_sha256[:12]}): other weights, options or precision. Set "
+            "science.encoder and science.precision to what `gigamil features` was given, or name the slide in the slide "
+            "table, make its features in the same way, and give its id."
+        )
 
 
 class _Sights(TypedDict, total=False):

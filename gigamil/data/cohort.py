@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections import Counter
@@ -60,7 +61,7 @@ class CohortTable:
 
     @cached_property
     def sha256(self) -> str:
-        """Digest of what a split depends on: ids, patients, labels, given splits and classes, not of paths."""
+        """Digest of ids, patients, labels, given splits, classes; not of paths, nor of sites (see `check_splits`)."""
         rows = [(row.slide_id, row.patient_id, row.label, row.split) for row in self.rows]
         return hashlib.sha256(json.dumps([sorted(rows, key=repr), self.classes]).encode()).hexdigest()
 
@@ -268,6 +269,6 @@ def _number(text: str) -> float | None:
 
 
 def _natural(label: str) -> tuple[float, str]:
-    """Sort '2' before '10', and numbers before words."""
+    """Sort '2' before '10', and numbers before words; 'nan', which has no place among numbers, is a word."""
     number = _number(label)
-    return (float("inf") if number is None else number, label)
+    return (math.inf if number is None or math.isnan(number) else number, label)

@@ -22,6 +22,8 @@ from gigamil.shards.job import fingerprint
 
 SUFFIX = ".h5"
 _MAX_LISTED = 20
+# Magnifications of TRIDENT are nominal, in steps by 2: tiles may be so many times larger or smaller than they say.
+_NOMINAL = math.sqrt(2)
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class SlideFeatures:
         encoder: name of what made them; empty if the file does not tell.
         encoder_sha256: digest of its weights and settings, of files by gigamil; else empty.
         tile_px: side of the tiles that were encoded; None if the file does not tell.
+        said_um: that side in micron, as far as the file or the slide table tells; None where they do not.
+        is_exact: `said_um` is the configured one of files by gigamil; else it may be nominal.
         tile_um, stride_um: their width and height, and the distance of neighbours along x and y, in micron.
         mpp_x, mpp_y: micron per level-0 pixel.
         bounds_x_px0, bounds_y_px0: what QuPath takes for the slide's origin.
@@ -44,6 +48,8 @@ class SlideFeatures:
     encoder: str
     encoder_sha256: str
     tile_px: int | None
+    said_um: float | None
+    is_exact: bool
     tile_um: tuple[float, float]
     stride_um: tuple[float, float]
     mpp_x: float
@@ -127,6 +133,8 @@ class FeatureSet:
     def check_tiles(self, slide_ids: Iterable[str], tile_px: int, encoder: str | None = None) -> None:
         """Refuse slides without features, and features that were made otherwise than configured or than each other.
 
+        Tiles of gigamil's files must have the configured size exactly; those of others to a factor of sqrt(2).
+
         Args:
             slide_ids: slides that are to be used.
             tile_px: side of the tiles as configured.
@@ -174,6 +182,13 @@ class FeatureSet:
             return (
                 f"slide '{slide_id}': features of tiles of {manifest.tile_px} px; configured slides.tile_px {tile_px}"
             )
+        if manifest.said_um is not None:
+            other = max(manifest.said_um / self._tile_um, self._tile_um / manifest.said_um)
+            if other > (1 if manifest.is_exact else _NOMINAL):
+                return (
+                    f"slide '{slide_id}': features of tiles of {manifest.said_um:.6g} um; configured slides.tile_px * "
+                    f"slides.tile_mpp is {self._tile_um:.6g} um"
+                )
         if encoder is not None and manifest.encoder_sha256 and manifest.encoder != encoder:
             return f"slide '{slide_id}': features of encoder '{manifest.encoder}'; configured science.encoder.name {encoder}"
         return ""
@@ -182,8 +197,10 @@ class FeatureSet:
         side_px0 = _number(attrs, "patch_size_level0")
         mpp_x, mpp_y = _number(attrs, "mpp_x"), _number(attrs, "mpp_y")
         if mpp_x is None or mpp_y is None:
-            mpp_x = self._mpp.get(slide_id) or (self._tile_um / side_px0 if side_px0 else None)
-            mpp_y = mpp_x
+            mpp_x = mpp_y = self._mpp.get(slide_id)
+        said_um = _said_um(attrs, mpp_x)
+        if side_px0 and mpp_x is None:
+            mpp_x = mpp_y = self._tile_um / side_px0
         if mpp_x is None or mpp_y is None:
             raise ShardError(
                 f"slide '{slide_id}': '{self.path(slide_id)}' does not say how large a tile is (attribute "
@@ -199,6 +216,8 @@ class FeatureSet:
             encoder=str(attrs.get("encoder", "")),
             encoder_sha256=str(attrs.get("encoder_sha256", "")),
             tile_px=None if tile_px is None else round(tile_px),
+            said_um=said_um,
+            is_exact=bool(tile_px and _number(attrs, "target_mpp")),
             tile_um=tile_um,
             stride_um=(tile_um[0] * share, tile_um[1] * share) if share > 0 else tile_um,
             mpp_x=mpp_x,
@@ -266,6 +285,17 @@ def open_features(config: RunConfig, table: CohortTable) -> FeatureSet:
 def _places(path: Path, mpp_x: float, mpp_y: float) -> FeaturePlaces:
     x_px0, y_px0 = read_coords(path)[0].T.astype(np.float64)
     return FeaturePlaces(x_px0 * mpp_x, y_px0 * mpp_y)
+
+
+def _said_um(attrs: Mapping[str, Attribute], mpp: float | None) -> float | None:
+    """Side of a tile in micron by the attributes of a file, and by mpp of level 0 if they are known."""
+    tile_px, side_px0 = _number(attrs, "patch_size"), _number(attrs, "patch_size_level0")
+    target_mpp, magnification = _number(attrs, "target_mpp"), _number(attrs, "target_magnification")
+    if tile_px and target_mpp:
+        return tile_px * target_mpp
+    if side_px0 and mpp:
+        return side_px0 * mpp
+    return tile_px * 10 / magnification if tile_px and magnification else None
 
 
 def _number(attrs: Mapping[str, Attribute], name: str) -> float | None:

@@ -217,12 +217,7 @@ class _Units:
 
 def _units(table: CohortTable, by_site: bool) -> _Units:
     if by_site:
-        without = [row.slide_id for row in table.rows if not row.site]
-        if without:
-            raise CohortError(
-                f"cohort.preserve_sites needs a site for every slide; {len(without)} have none, for example "
-                f"'{without[0]}'. Fill the column that cohort.columns.site names, or set cohort.preserve_sites=false."
-            )
+        refuse_without_site(table.rows)
     unit_of_patient = _linked(table.rows) if by_site else {folded(row.patient_id): None for row in table.rows}
     # The first spelling names the patient, so that a table that spells all alike has the names that it shows.
     spelling: dict[str, str] = {}
@@ -352,6 +347,20 @@ def _absent(side_of: Sides, needed: Iterable[str], table: CohortTable) -> Iterat
         for label in table.classes:
             if label not in labels:
                 yield f"class '{label}' is absent from {side}; {who_has(label, table)}"
+
+
+def refuse_without_site(rows: Iterable[SlideRow]) -> None:
+    """Refuse to keep sites apart where slides have none.
+
+    Raises:
+        CohortError: says how many, and names one.
+    """
+    without = [row.slide_id for row in rows if not row.site]
+    if without:
+        raise CohortError(
+            f"cohort.preserve_sites needs a site for every slide; {len(without)} have none, for example "
+            f"'{without[0]}'. Fill the column that cohort.columns.site names, or set cohort.preserve_sites=false."
+        )
 
 
 def who_has(label: str, table: CohortTable) -> str:

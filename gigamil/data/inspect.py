@@ -1,7 +1,6 @@
 """What `gigamil tile` would do to a cohort, without doing it: a row per slide, and what tiles and time it will cost."""
 
 import math
-import os
 import re
 import shutil
 import sys
@@ -19,6 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from gigamil.config.schema import Execution, Slides
+from gigamil.cores import num_cores
 from gigamil.data.cohort import SlideRow
 from gigamil.data.coords import read_positions
 from gigamil.data.scan import find_slides
@@ -182,9 +182,9 @@ def inspect_cohort(
     Cost: reading the tissue of every slide once at `tissue_mpp`, and `num_sampled` tiles.
     """
     execution = execution or Execution()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = num_cores()
     num_workers = execution.tile_workers or cores
-    limits = Limits(int(execution.tile_memory_gb * 2**30), execution.tile_timeout_s)
+    limits = Limits(int(execution.tile_memory_gb * 1e9), execution.tile_timeout_s)
     found: dict[int, InspectedSlide] = {}
     with TemporaryDirectory(prefix="gigamil-inspect-") as root:
         jobs = [
@@ -209,11 +209,11 @@ def inspect_cohort(
     return CohortInspection(tuple(found[position] for position in range(len(rows))), slides, num_workers)
 
 
-def slides_in(paths: Iterable[Path], mpp: float | None = None) -> tuple[SlideRow, ...]:
+def slides_in(paths: Iterable[Path]) -> tuple[SlideRow, ...]:
     """Rows for slide files, and for the slides in folders and below; their ids are the paths, in plain characters.
 
     Raises:
-        CohortError: a folder holds no slide.
+        CohortError: a folder holds no slide, or as `find_slides`.
     """
     rows: list[SlideRow] = []
     times: Counter[str] = Counter()
@@ -226,7 +226,7 @@ def slides_in(paths: Iterable[Path], mpp: float | None = None) -> tuple[SlideRow
             name = re.sub(r"[^A-Za-z0-9._-]", "_", shown)[-100:]
             times[name] += 1
             slide_id = name if times[name] == 1 else f"{name}~{times[name]}"
-            rows.append(SlideRow(slide_id, file, slide_id, None, mpp, None, None))
+            rows.append(SlideRow(slide_id, file, slide_id, None, None, None, None))
     return tuple(rows)
 
 
@@ -307,8 +307,9 @@ def _known(job: SlideJob, info: SlideInfo) -> InspectedSlide:
 
 
 def _without_path(job: SlideJob, reason: str) -> str:
-    """A reason without the folders of the slide and its mask, which may name a patient; the row says which slide."""
-    for path in filter(None, (job.path, job.slides.masks)):
+    """A reason without the folders of slide, masks and coordinates, which may name a patient; its row says which."""
+    paths = filter(None, (job.path, job.slides.masks, job.slides.coords))
+    for path in sorted(paths, key=lambda path: -len(str(path))):  # one may lie in another
         for text in (str(path), shown(path)):
             reason = reason.removeprefix(f"slide '{text}': ").replace(text, shown(path.name))
     return plain(reason)

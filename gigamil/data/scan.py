@@ -5,6 +5,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import NoReturn
 
 from gigamil.config.schema import Columns
 from gigamil.data.table import read_table, refusal, text_problems
@@ -23,18 +24,27 @@ _KNOWN_COLUMNS = {
     "mpp": ("mpp", "slide_mpp"),
     "split": ("split",),
 }
+_NOT_OURS = "lost+found"  # at the top of a disk, for root only; no slides are put there
 OPTIONAL_COLUMNS = ("site", "mpp", "split")
 
 
 def find_slides(folder: Path) -> Iterator[Path]:
     """Every slide below a folder, sorted: files with a suffix that OpenSlide knows, and folders of DICOM files.
 
-    PNG and JPEG files are slides only where there is nothing else: beside slides they are thumbnails.
+    PNG and JPEG files are slides only where there is nothing else: beside slides they are thumbnails. Links to folders
+    are followed; each folder is searched once.
+
+    Raises:
+        CohortError: a folder cannot be read.
     """
     images = []
     num_slides = 0
-    for where, subfolders, names in os.walk(folder):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+    seen: set[tuple[int, int]] = set()
+    for where, subfolders, names in os.walk(folder, onerror=_refuse_unreadable, followlinks=True):
+        if not _is_new(where, seen):  # a link to a folder above, or to one that was searched
+            subfolders.clear()
+            continue
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith(".") and name != _NOT_OURS)
         shown = sorted(name for name in names if not name.startswith("."))
         slides = [Path(where)] if any(name.lower().endswith(DICOM_SUFFIXES) for name in shown) else []
         slides += [Path(where, name) for name in shown if name.lower().endswith(SLIDE_SUFFIXES)]
@@ -43,6 +53,21 @@ def find_slides(folder: Path) -> Iterator[Path]:
         yield from slides
     if not num_slides:
         yield from images
+
+
+def _is_new(folder: str, seen: set[tuple[int, int]]) -> bool:
+    found = os.stat(folder)
+    key = (found.st_dev, found.st_ino)
+    is_new = key not in seen
+    seen.add(key)
+    return is_new
+
+
+def _refuse_unreadable(error: OSError) -> NoReturn:
+    raise CohortError(
+        f"folder '{error.filename}' cannot be read ({error.strerror}), and slides may lie in it. Let it be read, "
+        "or move it elsewhere."
+    ) from error
 
 
 def slide_id_of(name: str) -> str:
@@ -57,7 +82,7 @@ def files_by_id(folder: Path) -> dict[str, list[Path]]:
     """Paths, from `folder`, of the slides below it, by slide id.
 
     Raises:
-        CohortError: no such folder, or no slide in it.
+        CohortError: no such folder, no slide in it, or as `find_slides`.
     """
     if not folder.is_dir():
         raise CohortError(f"no folder '{folder}' of slides")

@@ -11,7 +11,7 @@ from typing import Any
 
 from gigamil.config.schema import Cohort
 from gigamil.data.cohort import SPLITS, CohortTable
-from gigamil.data.folds import folds_method, make_folds, who_has
+from gigamil.data.folds import folds_method, make_folds, refuse_without_site, who_has
 from gigamil.data.leaks import HASH_FILE, file_leaks, patient_leaks, picture_leaks, site_leaks, slide_prints
 from gigamil.data.split_import import import_split
 from gigamil.data.table import folded
@@ -91,10 +91,10 @@ def make_splits(
     """Split the slides by patient, stratified by label; or as the table's split column or `cfg.splits` says.
 
     Folds and splits by site are those of `make_folds`, made of the whole table, so that slides without tiles do not
-    move others. In a holdout patients of a label are put in the order of a hash of (seed, patient), and test, val and
-    train are cut from it: the outcome does not depend on the order of the table. A patient with several labels counts
-    as the last of its classes. Train gets the first patient of a label, test the second, val the third: small classes
-    reach far.
+    move others. In a holdout the patients of a label that have tiles are put in the order of a hash of (seed, patient),
+    and test, val and train are cut from it: the outcome does not depend on the order of the table. A patient with
+    several labels counts as the last of its classes. Train gets the first patient of a label, test the second, val the
+    third: small classes reach far.
 
     Args:
         table: the cohort, with labels.
@@ -125,7 +125,7 @@ def make_splits(
         cohort_sha256=table.sha256,
         method=split_method(table, cfg, limit),
         unnamed=tuple(slide_id for slide_id in wanted if slide_id in tiled and slide_id not in named),
-        sites_apart=cfg.preserve_sites and not (_is_given(table) or cfg.splits),
+        sites_apart=cfg.preserve_sites,
         seed=None if _is_given(table) or cfg.splits else cfg.split_seed,
         fold=cfg.fold if _has_folds(cfg) else None,
         inner_fold=cfg.inner_fold if _has_folds(cfg) else None,
@@ -150,11 +150,17 @@ def smoke_slides(table: CohortTable, cfg: Cohort, limit: int) -> dict[str, str]:
 
 
 def split_method(table: CohortTable, cfg: Cohort, limit: int | None) -> str:
-    """How a split of this table would be made, in words; equal words give equal splits."""
+    """How a split of this table would be made, in words.
+
+    Equal words give equal splits of a table; of a holdout without sites only if the same slides have tiles.
+    """
     if _is_given(table):
         method = "split column of the slide table"
     elif cfg.splits is not None:
-        method = f"'{cfg.splits.name}', sha256 {_digest(cfg)}, fold {cfg.fold}"
+        method = (
+            f"'{cfg.splits.name}', sha256 {_digest(cfg)}, fold {cfg.fold}"
+            + ", no site on two sides" * cfg.preserve_sites
+        )
     elif cfg.split_method == "holdout" and not cfg.preserve_sites:
         method = (
             f"by patient, stratified by label, seed {cfg.split_seed}, test {cfg.test_fraction}, val {cfg.val_fraction}"
@@ -221,7 +227,7 @@ def tile_leaks(
     if near_duplicates == "refuse":
         found += picture_leaks(splits.sides(), prints)
     if splits.sources_sha256 and splits.sources_sha256 != sources_digest(shards, splits.split_of()):
-        found.append("slide files, or their tiles, are others than when the split was made")
+        found.append("slide files are others than when the split was made")
     return found
 
 
@@ -271,7 +277,10 @@ def _assign(table: CohortTable, slide_ids: Iterable[str], cfg: Cohort) -> dict[s
         _refuse_two_masters(cfg)
         return {slide_id: table.row(slide_id).split or "" for slide_id in slide_ids}
     if cfg.splits is not None:
-        return import_split(cfg.splits, table, cfg.fold, cfg.inner_fold)
+        sides = import_split(cfg.splits, table, cfg.fold, cfg.inner_fold)
+        if cfg.preserve_sites:  # `check_splits` says whether they are apart
+            refuse_without_site(table.row(slide_id) for slide_id in sides)
+        return sides
     if _has_folds(cfg) or cfg.preserve_sites:
         fold = cfg.fold if _has_folds(cfg) else 0
         return make_folds(table, cfg).sides(fold, cfg.inner_fold)

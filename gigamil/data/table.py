@@ -4,6 +4,7 @@ import csv
 import io
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,16 +29,23 @@ def read_table(path: Path, what: str, *, delimiter: str = ",") -> tuple[list[str
     Args:
         what: what the file is, in messages.
     Raises:
-        CohortError: there is no such file, its header is not UTF-8, it has no rows, or rows of another length.
+        CohortError: there is no such file, its header is not UTF-8 or has a name twice, a quote is not closed, it has
+            no rows, or rows of another length.
     """
     try:
         if path.stat().st_size > _MAX_BYTES:
             raise CohortError(f"{what} '{path}' has {path.stat().st_size} bytes; that is no table of slides")
         text = path.read_bytes().decode("utf-8-sig", "surrogateescape")
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
-        columns = [name.strip() for name in next(reader, [])]
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        columns = [name.strip() for name in _row(reader) or []]
         if any(map(_is_no_text, columns)):
             raise CohortError(f"{what} '{path}' cannot be read as UTF-8 CSV: its header is {escaped(str(columns))}")
+        twice = [name for name, num in Counter(columns).items() if num > 1 and name]
+        if twice:
+            names = ", ".join(f"'{escaped(name)}'" for name in twice)
+            raise CohortError(
+                f"{what} '{path}' has several columns of one name: {names}. Rename or delete all but one."
+            )
         lines = list(_lines(reader))
     except FileNotFoundError:
         raise CohortError(f"no {what} '{path}'") from None
@@ -107,10 +115,19 @@ def folded(name: str) -> str:
 
 def _lines(reader: Any) -> Iterator[tuple[int, list[str]]]:
     """Rows of a csv.reader that are not empty, with the line that they end on."""
+    while (cells := _row(reader)) is not None:
+        if cells:
+            yield reader.line_num, cells
+
+
+def _row(reader: Any) -> list[str] | None:
+    """The next row of a csv.reader; None at the end."""
+    first = reader.line_num + 1
     try:
-        yield from ((reader.line_num, cells) for cells in reader if cells)
-    except csv.Error as error:  # a cell of more than 128 KiB
-        raise csv.Error(f"line {reader.line_num}: {error}") from error
+        cells: list[str] | None = next(reader, None)
+    except csv.Error as error:  # a quote that is never closed takes in the rest of the file, or 128 KiB of it
+        raise csv.Error(f"line {first}: {error}; a quote that is opened must be closed") from error
+    return cells
 
 
 def _text_problem(cell: str) -> str | None:

@@ -16,7 +16,8 @@ def write_cohort_page(path: Path, inspection: CohortInspection) -> None:
     It names slides by id and holds no path.
     """
     settings = inspection.slides.model_dump(mode="json")
-    settings["masks"] = settings["masks"] and Path(settings["masks"]).name
+    for folder in ("masks", "coords"):
+        settings[folder] = settings[folder] and Path(settings[folder]).name
     title = f"{len(inspection.rows):,} slides"
     body = [
         tag("h1", title),

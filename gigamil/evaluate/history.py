@@ -17,7 +17,8 @@ Floats = NDArray[np.float64]
 class History:
     """Curves of a training run; a value that was not written or not finite is NaN.
 
-    Epochs carry the number of the last step before them, so that both kinds share one axis.
+    Epochs carry the number of the last step before them, so that both kinds share one axis. Steps are those that were
+    logged (`bookkeeping.log_every`); `num_skipped` counts all steps that no rank took.
     """
 
     step: Floats
@@ -26,17 +27,13 @@ class History:
     epoch_step: Floats
     val_loss: Floats
     val_auc: Floats
+    num_skipped: int
 
     @property
     def best_row(self) -> int:
         """Row of the epoch whose checkpoint training calls the best: highest AUC, of equals the lowest loss."""
         auc, loss = np.nan_to_num(self.val_auc, nan=-np.inf), np.nan_to_num(self.val_loss, nan=np.inf)
         return int(np.lexsort((loss, -auc))[0])
-
-    @property
-    def num_skipped(self) -> int:
-        """Steps whose loss was not finite."""
-        return int(np.isnan(self.loss).sum())
 
 
 def read_history(path: Path) -> History:
@@ -47,16 +44,12 @@ def read_history(path: Path) -> History:
     Raises:
         CohortError: a line that is no JSON object, with its number.
     """
-    steps: list[dict[str, Any]] = []
-    epochs: list[dict[str, Any]] = []
-    last_step = 0.0
+    lines: dict[str, list[dict[str, Any]]] = {"step": [], "epoch": [], "skipped": []}
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], start=1):
         entry = parse_object(line, f"'{path}' line {number}", "cut the file there, or train again")
-        if entry.get("kind") == "step":
-            last_step = _number(entry, "step")
-            steps.append(entry)
-        elif entry.get("kind") == "epoch":
-            epochs.append({**entry, "step": last_step})
+        if entry.get("kind") in lines:
+            lines[entry["kind"]].append(entry)
+    steps, epochs = lines["step"], lines["epoch"]
     return History(
         step=_column(steps, "step"),
         loss=_column(steps, "loss"),
@@ -64,6 +57,7 @@ def read_history(path: Path) -> History:
         epoch_step=_column(epochs, "step"),
         val_loss=_column(epochs, "val_loss"),
         val_auc=_column(epochs, "val_auc"),
+        num_skipped=len(lines["skipped"]),
     )
 
 

@@ -85,15 +85,21 @@ def read_predictions(path: Path) -> Predictions:
     """Read `predictions.csv` and check it.
 
     Raises:
-        CohortError: no such file, no row, a missing column, a slide twice, a label that is no class, a probability that
-            is no number, or a `pred` that is not the most probable class; every problem is listed.
+        CohortError: no such file, one that is no CSV in UTF-8, no row, a missing column, a slide twice, a label that is
+            no class, a probability that is no number, or a `pred` that is not the most probable class; every
+            problem is listed.
     """
     if not path.is_file():
         raise CohortError(f"'{path}' does not exist; `gigamil evaluate` writes it from the best checkpoint of the run")
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        columns = list(reader.fieldnames or [])
-        rows = list(reader)
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            columns = list(reader.fieldnames or [])
+            rows = list(reader)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise CohortError(
+            f"'{path}' cannot be read as UTF-8 CSV: {error}. Save it as 'CSV UTF-8', or run `gigamil evaluate` again."
+        ) from error
     classes = tuple(name.removeprefix(PROB_PREFIX) for name in columns if name.startswith(PROB_PREFIX))
     missing = [name for name in (*FIXED_COLUMNS, "pred") if name not in columns]
     if missing or len(classes) < 2:

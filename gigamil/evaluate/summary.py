@@ -5,6 +5,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TypedDict, cast
 
+from gigamil.data.table import folded
 from gigamil.errors import CohortError
 from gigamil.evaluate.figures import draw_confusion, draw_losses, draw_roc
 from gigamil.evaluate.history import FILE_NAME as HISTORY_FILE
@@ -75,7 +76,11 @@ def _evaluate(predictions: Predictions, num_bootstrap: int, seed: int) -> Evalua
         seed=seed,
         splits={
             split: classification_metrics(
-                part.label_numbers, part.probs_NK, part.patient_ids, num_bootstrap=num_bootstrap, seed=seed
+                part.label_numbers,
+                part.probs_NK,
+                [folded(patient_id) for patient_id in part.patient_ids],  # one patient, as splits have it
+                num_bootstrap=num_bootstrap,
+                seed=seed,
             )
             for split, part in scored.items()
         },

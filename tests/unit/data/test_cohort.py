@@ -52,6 +52,14 @@ def test_numbers_as_classes_are_sorted_as_numbers(tmp_path: Path) -> None:
     assert cohort.classes == ("2", "9", "10")
 
 
+def test_nan_is_a_word_among_numbers_as_classes(tmp_path: Path) -> None:
+    labels = ["word", "11", "nan", "7", "3", "10", "NaN", "1", "9", "2", "8", "5", "4", "6"]
+    names = "abcdefghijklmn"
+    rows = [f"{name},{name}.svs,{name},{label}" for name, label in zip(names, labels, strict=True)]
+    cohort = load_cohort(Cohort(table=table(tmp_path, rows, "slide_id,path,patient_id,label", files=names)))
+    assert cohort.classes == (*map(str, range(1, 12)), "NaN", "nan", "word")
+
+
 def test_mapped_columns_root_and_given_order_of_classes(tmp_path: Path) -> None:
     (tmp_path / "files").mkdir()
     table(tmp_path / "files", [])
@@ -152,6 +160,22 @@ def test_split_column(tmp_path: Path) -> None:
 def test_a_cell_too_many(tmp_path: Path) -> None:
     path = table(tmp_path, ["a,my,slides/a.svs,p,x"], "slide_id,path,patient_id,label")
     assert "line 2 has 5 cells and the header 4; put cells that hold a comma in quotes" in refusal(Cohort(table=path))
+
+
+@pytest.mark.parametrize(("line", "header"), [(3, HEADER), (1, HEADER.replace("slide_id", '"slide_id'))])
+def test_a_quote_that_is_not_closed_swallows_no_slides(tmp_path: Path, line: int, header: str) -> None:
+    rows = ["a,a.svs,p1,normal,,,", 'b,b.svs,p2,"tumour,,,', "c,c.svs,p3,tumour,,,", "d,d.svs,p4,normal,,,"]
+    text = refusal(Cohort(table=table(tmp_path, rows, header)))
+    assert f"cannot be read as UTF-8 CSV: line {line}: " in text
+    assert "; a quote that is opened must be closed" in text
+
+
+def test_two_columns_of_one_name(tmp_path: Path) -> None:
+    rows = ["a,a.svs,p,x,y,,", "b,b.svs,q,y,x,,"]
+    text = refusal(Cohort(table=table(tmp_path, rows, "slide_id,path,patient_id,label, label,,")))
+    assert "has several columns of one name: 'label'. Rename or delete all but one." in text
+    path = table(tmp_path, rows, "slide_id,path,patient_id,label,,,")  # what spreadsheets leave
+    assert load_cohort(Cohort(table=path)).row("a").label == "x"
 
 
 def test_no_table_and_empty_table(tmp_path: Path) -> None:

@@ -91,6 +91,32 @@ def test_everything_that_does_not_fit_is_listed_at_once(tmp_path: Path) -> None:
     opened(tmp_path).check_tiles("abc", TILE_PX, "small_cnn")  # of files by others only they know the encoder
 
 
+@pytest.mark.parametrize(
+    ("attrs", "table_mpp", "wanted"),
+    [
+        (TRIDENT, 0.18, ""),  # 64 px of 0.18 um are nominally the 16 um that are configured
+        (TRIDENT, 0.35, ""),
+        (TRIDENT, 0.5, "32 um"),
+        (TRIDENT | {"target_magnification": 20}, None, ""),
+        (TRIDENT | {"target_magnification": 10}, None, "32 um"),
+        (TRIDENT | {"target_magnification": 10}, 0.25, ""),  # mpp is better than what is nominal
+        (GIGAMIL | {"target_mpp": TILE_UM / TILE_PX}, None, ""),
+        (GIGAMIL | {"target_mpp": 0.501}, None, "16.032 um"),
+    ],
+)
+def test_tiles_of_another_physical_size_are_refused(
+    tmp_path: Path, attrs: dict[str, Attribute], table_mpp: float | None, wanted: str
+) -> None:
+    write(tmp_path, "a", 3, attrs)
+    features = FeatureSet(tmp_path, TILE_UM, {"a": table_mpp})
+    if not wanted:
+        features.check_tiles("a", TILE_PX)
+        return
+    text = f"'a': features of tiles of {wanted}; configured slides.tile_px . slides.tile_mpp is 16 um"
+    with pytest.raises(ShardError, match=text):
+        features.check_tiles("a", TILE_PX)
+
+
 def test_features_of_two_encoders_are_refused(tmp_path: Path) -> None:
     write(tmp_path, "a", 3, GIGAMIL)
     write(tmp_path, "b", 3, GIGAMIL | {"encoder_sha256": "cd"})

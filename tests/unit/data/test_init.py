@@ -1,5 +1,6 @@
 """From a folder of slides and a label CSV to a YAML that loads, with everything left out named."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -155,6 +156,35 @@ def test_a_folder_of_dicom_files_is_one_slide(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     found = [str(path.relative_to(tmp_path)) for path in find_slides(tmp_path)]
     assert found == ["s2.SVS", "s3.mrxs", "s1.dicom"]
+
+
+def test_links_to_folders_are_followed_and_each_folder_is_searched_once(tmp_path: Path) -> None:
+    for name in ("slides/a.svs", "elsewhere/b.svs"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    for name, target in [("disk2", "../elsewhere"), ("again", "../elsewhere"), ("loop", "."), ("gone", "nowhere")]:
+        (tmp_path / "slides" / name).symlink_to(target)
+    (tmp_path / "elsewhere" / "back").symlink_to("../slides")
+    found = [str(path.relative_to(tmp_path / "slides")) for path in find_slides(tmp_path / "slides")]
+    assert found == ["a.svs", "again/b.svs"]
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("open", "secret", "lost+found"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.svs").touch()
+    scandir = os.scandir
+
+    def refusing(path: str) -> object:  # as the system does to all but root
+        if Path(path).name in ("secret", "lost+found"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(CohortError, match=r"folder '.*secret' cannot be read \(Permission denied\)"):
+        list(find_slides(tmp_path))
+    (tmp_path / "secret").rename(tmp_path / ".secret")
+    assert [path.parent.name for path in find_slides(tmp_path)] == ["open"]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 import math
 import re
+from collections.abc import Generator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,9 @@ import pytest
 from gigamil.cli import main
 from gigamil.config.schema import Execution, Slides
 from gigamil.data.cohort import SlideRow
+from gigamil.data.h5 import write_coords
 from gigamil.data.inspect import InspectedSlide, histogram, inspect_cohort, size_text, slides_in, time_text
+from gigamil.data.workers import Limits
 from gigamil.errors import CohortError
 from gigamil.evaluate.cohort_page import write_cohort_page
 from gigamil.partition.curve import hilbert_sort
@@ -88,6 +92,36 @@ def test_a_mask_and_a_stride_count_as_in_tiling(folder: Path, tmp_path: Path) ->
     assert str(tmp_path) not in found.rows[1].problem
 
 
+def test_neither_page_nor_problems_name_a_folder(folder: Path, tmp_path: Path) -> None:
+    masks, coords = tmp_path / "Roe, Jane" / "masks", tmp_path / "Roe, Jane" / "masks" / "coords"
+    coords.mkdir(parents=True)
+    write_coords(coords / "a.tiff.h5", np.array([[10_000, 0]]), {"patch_size": 128, "patch_size_level0": 128})
+    settings = SETTINGS.model_copy(update={"coords": coords})
+    found = inspect_cohort([row(folder, "a.tiff"), row(folder, "glass.tiff")], settings, TWO, num_sampled=2)
+    outside, missing = (slide.problem for slide in found.rows)
+    assert "'a.tiff.h5' has 1 of 1 positions outside" in outside.replace("coords/", "")
+    assert "'coords' must hold one file of its coordinates" in missing
+    found = replace(found, slides=settings.model_copy(update={"masks": masks}))
+    write_cohort_page(tmp_path / "p.html", found)
+    page = (tmp_path / "p.html").read_text()
+    assert "slides.coords: &quot;coords&quot;" in page
+    assert "slides.masks: &quot;masks&quot;" in page
+    for text in (page, outside, missing):
+        assert [name for name in ("Müller", "Roe", str(tmp_path)) if name in text] == []
+
+
+def test_limits_are_those_of_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = []
+
+    def run_isolated(*_: object, limits: Limits) -> Generator[tuple[int, InspectedSlide]]:
+        given.append(limits)
+        yield from ()
+
+    monkeypatch.setattr("gigamil.data.inspect.run_isolated", run_isolated)
+    inspect_cohort([], SETTINGS, Execution(tile_memory_gb=1.5, tile_timeout_s=60))
+    assert given == [Limits(1_500_000_000, 60)]
+
+
 def test_a_slide_beyond_its_limits_costs_itself_only(folder: Path) -> None:
     tiny = Execution(tile_workers=1, tile_timeout_s=0.001)
     found = inspect_cohort([row(folder, "a.tiff")], SETTINGS, tiny, num_sampled=2)
@@ -99,9 +133,8 @@ def test_ids_from_paths_are_plain_and_differ(tmp_path: Path) -> None:
     for name in ("x y.svs", "x_y.svs", "é.svs", "sub/x y.svs"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    rows = slides_in([tmp_path, tmp_path / "x y.svs"], mpp=0.25)
+    rows = slides_in([tmp_path, tmp_path / "x y.svs"])
     assert [slide.slide_id for slide in rows] == ["x_y.svs", "x_y.svs~2", "_.svs", "sub_x_y.svs", "x_y.svs~3"]
-    assert {slide.mpp for slide in rows} == {0.25}
     (tmp_path / "empty").mkdir()
     with pytest.raises(CohortError, match="no slide in .*empty"):
         slides_in([tmp_path / "empty"])
@@ -169,6 +202,16 @@ def test_the_command_takes_a_folder_a_table_or_a_configuration(
     Path("my.yaml").write_text("cohort: {table: slides.csv, patient_is_slide: true}\nslides: {tile_px: 64}\n")
     assert main(["inspect", "my.yaml", "--slides.tile_mpp", "1.0"]) == 0
     assert "1 of 1 slides give tiles of 64 px at 1 um/px" in capsys.readouterr().out
+
+
+def test_mpp_is_for_files_that_carry_none(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--mpp", "0.25", "--tile-px", "128"]
+    assert main(["inspect", str(folder / "a.tiff"), str(folder / "no-mpp.tiff"), *words]) == 0
+    out = capsys.readouterr().out
+    assert "0.5 um/px (from the file)" in out
+    assert "0.25 um/px (the default, the file has none)" in out
+    assert main(["inspect", str(folder / "sub"), *words]) == 3
+    assert re.search(r"sub_b|b\.tiff .* 0\.47 \(file\)", capsys.readouterr().out)
 
 
 def test_slide_files_are_reported_one_by_one_and_mixtures_refused(

@@ -1,5 +1,6 @@
 """Splits of CLAM, Patho-Bench and `gigamil split` are taken over as they are, or refused with every wrong line."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -159,3 +160,21 @@ def test_another_content_of_the_file_is_another_split(tmp_path: Path) -> None:
     check_splits(one, cohort())
     write(tmp_path / "splits_0.csv", CLAM.replace(",slide_0,", ",,").replace("slide_3", "slide_0"))
     assert make_splits(cohort(), IDS, cfg).method != one.method
+
+
+def test_sites_are_kept_apart_in_an_imported_split_too(tmp_path: Path) -> None:
+    def of_sites(*sites: str | None) -> CohortTable:
+        rows = zip(cohort().rows, sites, strict=False)
+        return CohortTable(tuple(replace(row, site=site) for row, site in rows), ("x", "y"))
+
+    cfg = Cohort(splits=write(tmp_path / "splits_0.csv", CLAM.replace(",slide_0,", ",,")), preserve_sites=True)
+    apart = of_sites(None, "s1", "s1", "s2", "s3", "s4")  # slide_0 is on no side
+    splits = make_splits(apart, IDS, cfg)
+    assert splits.sites_apart
+    assert splits.method.endswith("fold 0, no site on two sides")
+    with pytest.raises(CohortError, match=r"site 's1' is in train \(2 slides\) and test \(1 slides\), which was to be"):
+        make_splits(of_sites("s0", "s1", "s1", "s2", "S1 ", "s4"), IDS, cfg)
+    with pytest.raises(CohortError, match=r"needs a site for every slide; 1 have none, for example 'slide_3'"):
+        make_splits(of_sites("s0", "s1", "s1", None, "s3", "s4"), IDS, cfg)
+    # A split that was frozen without looking at sites is not taken for one that has.
+    assert make_splits(apart, IDS, cfg.model_copy(update={"preserve_sites": False})).method != splits.method

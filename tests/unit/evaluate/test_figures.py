@@ -34,6 +34,7 @@ def history(num_steps: int, num_epochs: int) -> History:
         at_step,
         at_step * 0 + 0.5,
         at_step * 0 + 1,
+        1,
     )
 
 

@@ -17,7 +17,7 @@ def write(path: Path, *entries: object, tail: str = "") -> Path:
 
 def test_epochs_lie_at_their_last_step(tmp_path: Path) -> None:
     steps = [{"kind": "step", "step": n, "loss": 1 / n, "lr_head": 1e-3} for n in range(1, 5)]
-    epochs = [{"kind": "epoch", "epoch": n, "val_auc": 0.5 + n / 10, "val_loss": 0.7} for n in (1, 2)]
+    epochs = [{"kind": "epoch", "epoch": n, "step": 2 * n, "val_auc": 0.5 + n / 10, "val_loss": 0.7} for n in (1, 2)]
     found = read_history(write(tmp_path / "m", *steps[:2], epochs[0], {"kind": "other"}, *steps[2:], epochs[1]))
     assert found.step.tolist() == [1, 2, 3, 4]
     assert found.loss.tolist() == [1, 1 / 2, 1 / 3, 1 / 4]
@@ -27,10 +27,26 @@ def test_epochs_lie_at_their_last_step(tmp_path: Path) -> None:
     assert found.num_skipped == 0
 
 
+def test_what_lies_between_logged_steps_counts(tmp_path: Path) -> None:
+    """As with bookkeeping.log_every=10: three epochs of 7 steps, of which the second and the ninth were skipped."""
+    lines = [
+        {"kind": "skipped", "step": 2, "slides": ["a"]},
+        {"kind": "epoch", "epoch": 1, "step": 7, "val_auc": 0.5},
+        {"kind": "skipped", "step": 9, "slides": ["a"]},
+        {"kind": "step", "step": 10, "loss": 0.5},
+        {"kind": "epoch", "epoch": 2, "step": 14, "val_auc": 0.6},
+        {"kind": "step", "step": 20, "loss": 0.4},
+        {"kind": "epoch", "epoch": 3, "step": 21, "val_auc": 0.7},
+    ]
+    found = read_history(write(tmp_path / "m", *lines))
+    assert found.epoch_step.tolist() == [7, 14, 21]
+    assert found.num_skipped == 2
+
+
 def test_missing_and_non_finite_values_are_nan(tmp_path: Path) -> None:
     lines = [{"kind": "step", "step": 1, "loss": None}, {"kind": "step", "step": 2, "loss": float("nan")}]
     found = read_history(write(tmp_path / "m", *lines, {"kind": "epoch", "epoch": 1, "val_auc": None}))
-    assert found.num_skipped == 2
+    assert np.isnan(found.loss).tolist() == [True, True]
     assert np.isnan([*found.val_auc, *found.val_loss]).tolist() == [True, True]
 
 

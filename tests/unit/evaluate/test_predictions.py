@@ -73,3 +73,13 @@ def test_every_problem_is_listed_at_once(tmp_path: Path) -> None:
 def test_a_missing_file_says_who_writes_it(tmp_path: Path) -> None:
     with pytest.raises(CohortError, match=r"'.*p\.csv' does not exist; `gigamil evaluate`"):
         read_predictions(tmp_path / "p.csv")
+
+
+def test_what_a_spreadsheet_saves_is_read_or_refused(tmp_path: Path) -> None:
+    text = HEADER + "a,Müller,normal,test,0.6,0.4,normal\n"
+    (tmp_path / "p.csv").write_bytes(text.encode("utf-8-sig"))
+    assert read_predictions(tmp_path / "p.csv").patient_ids == ("Müller",)
+    for content in (text.encode("cp1252"), text.replace("Müller", "m" * (1 << 18)).encode()):
+        (tmp_path / "p.csv").write_bytes(content)
+        with pytest.raises(CohortError, match=r"p\.csv' cannot be read as UTF-8 CSV: .* run `gigamil evaluate` again"):
+            read_predictions(tmp_path / "p.csv")

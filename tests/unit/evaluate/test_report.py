@@ -57,7 +57,7 @@ def add_everything(run: Path) -> None:
     )
     (run / "config.resolved.yaml").write_text("science:\n  seed: 0 # <b>\n")
     (run / "metrics.jsonl").write_text(
-        '{"kind":"step","step":1,"loss":0.7}\n{"kind":"epoch","epoch":1,"val_auc":0.8}\n'
+        '{"kind":"step","step":1,"loss":0.7}\n{"kind":"epoch","epoch":1,"step":1,"val_auc":0.8}\n'
     )
 
 
@@ -70,6 +70,17 @@ def test_evaluation_is_that_of_each_split(run: Path, predictions: Predictions) -
     assert found["splits"]["test"] == again
     assert found["slides_per_class"]["test"] == {"normal": 2, "tumour": 2}
     assert sorted(path.name for path in (run / "figures").iterdir()) == ["confusion.png", "roc.png"]
+
+
+def test_a_patient_spelled_in_two_ways_is_drawn_as_one(run: Path, predictions: Predictions) -> None:
+    one = replace(predictions, splits=("test",) * len(predictions))
+    ids = [f" {name.upper()}" if number % 2 else name for number, name in enumerate(one.patient_ids)]
+    assert len(set(ids)) == 2 * len(set(one.patient_ids))
+    found = []
+    for part in (one, replace(one, patient_ids=tuple(ids))):
+        write_predictions(run / FILE_NAME, part)
+        found.append(evaluate_run(run, num_bootstrap=100, seed=3)["splits"])
+    assert found[0] == found[1]
 
 
 def test_report_shows_facts_metrics_figures_heatmaps_and_predictions(run: Path, shards: ShardSet) -> None:
