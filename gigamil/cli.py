@@ -4,6 +4,7 @@ import argparse
 import json
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -25,7 +26,7 @@ first steps:
   gigamil run my.yaml                                     all of the stages; again: continue
 any key of the configuration: gigamil run my.yaml --science.epochs 5 --execution.ranks 4
 exit codes: 0 ok, 2 usage, 3 some slides failed, 4 environment, 5 interrupted (resumable),
-6 training failed"""
+6 training failed, 141 nobody reads the output (SIGPIPE)"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,16 +41,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries, to their authors
     verb: Callable[[argparse.Namespace, Sequence[str]], int] = arguments.verb
     try:
-        return verb(arguments, overrides)
+        code = verb(arguments, overrides)
+        print(end="", flush=True)  # here, where a pipe that is closed is seen
+        return code
     except GigamilError as error:
         print(f"gigamil: {error}", file=sys.stderr, flush=True)
         return error.exit_code
     except KeyboardInterrupt:
         print("gigamil: interrupted; the same command continues", file=sys.stderr, flush=True)
         return 5
-    except BrokenPipeError:  # `gigamil ... | head`
+    except BrokenPipeError:  # `gigamil ... | head`: what was left to do is not done
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return 128 + signal.SIGPIPE
     except OSError as error:  # a folder that is read-only, a disk that is full
         print(f"gigamil: {error}. Is the disk full, or the folder not yours?", file=sys.stderr, flush=True)
         return EnvironmentFault.exit_code
@@ -221,7 +224,7 @@ def _inspect(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     code = 0
     for path in arguments.slides:
         try:
-            print(inspect_slide(path, mpp=arguments.mpp, **sizes).text())
+            print(inspect_slide(path, default_mpp=arguments.mpp, **sizes).text())
         except SlideError as error:
             print(f"gigamil: {error}", file=sys.stderr)
             code = error.exit_code
@@ -244,7 +247,7 @@ def _inspect_cohort(arguments: argparse.Namespace, paths: Sequence[Path], overri
     if kind in (".yaml", ".yml", ".csv"):
         rows = load_cohort(config.cohort, need_labels=False, need_files=False).rows
     else:
-        rows = slides_in(paths, arguments.mpp)
+        rows = slides_in(paths)
     inspection = inspect_cohort(rows, config.slides, config.execution)
     print(inspection.text())
     if arguments.html:
@@ -259,7 +262,11 @@ def _tile(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     from gigamil.data.tile import ArrayJob, tile_cohort
 
     job = None if arguments.shard is None else ArrayJob(*arguments.shard)
-    return tile_cohort(_load(arguments, overrides), job=job).exit_code
+    config = _load(arguments, overrides)
+    report = tile_cohort(config, progress=config.bookkeeping.progress, job=job)
+    if not config.bookkeeping.progress:  # the result alone
+        print("\n".join(found.text() for found in (report, *report.extra)))
+    return report.exit_code
 
 
 def _split(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
@@ -296,16 +303,21 @@ def _split(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 def _split_labels(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     from gigamil.config.load import load_config
+    from gigamil.config.schema import Columns
     from gigamil.data.cohort import load_labels
     from gigamil.data.folds import freeze_folds, make_folds
 
     _refuse_options(arguments, ("limit", "print_config", "plugin"))
     cohort = load_config(None, words).cohort
-    chosen = {
-        "slide_id": arguments.slide_column,
-        "patient_id": arguments.patient_column,
-        "label": arguments.label_column,
-    }
+    usual = Columns()  # load_labels finds these itself, where there is none to choose
+    chosen = {name: column for name, column in cohort.columns if column != getattr(usual, name)}
+    for name, column in (
+        ("slide_id", arguments.slide_column),
+        ("patient_id", arguments.patient_column),
+        ("label", arguments.label_column),
+    ):
+        if column is not None:
+            chosen[name] = column
     patient_is_slide = arguments.patient_is_slide or cohort.patient_is_slide
     path = Path(arguments.config)
     table = load_labels(path, chosen, patient_is_slide=patient_is_slide, classes=cohort.classes)
@@ -396,7 +408,10 @@ def _run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 
 def _count(text: str) -> int:
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} must be at least 1")
     return value
@@ -410,7 +425,10 @@ def _part(text: str) -> tuple[int, int]:
 
 
 def _positive(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} must be greater than 0")
     return value

@@ -1,6 +1,7 @@
 """`gigamil demo`: all of gigamil on synthetic slides, offline, by the same calls as the other commands."""
 
 import json
+import os
 import shutil
 import sys
 import time
@@ -11,11 +12,13 @@ import numpy as np
 
 from gigamil.config.load import absolute_paths, to_commented_yaml
 from gigamil.config.schema import RunConfig
+from gigamil.doctor import server_of
 from gigamil.evaluate.attention import Box, attention_path, lesion_hit, read_attention
 from gigamil.evaluate.predictions import FILE_NAME, read_predictions
 from gigamil.pipeline import run_pipeline
 from gigamil.testing.slides import make_demo_cohort
 
+EXPERIMENT = "gigamil-demo"
 NUM_SLIDES = 74
 NUM_BAD = 2  # one without tissue, one truncated: on purpose
 
@@ -45,7 +48,7 @@ def demo_config(out: Path, ranks: int = 2) -> RunConfig:
                     "epochs": 8,
                 },
                 "execution": {"ranks": ranks, "device": "cpu"},
-                "bookkeeping": {"out": out, "experiment": "gigamil-demo", "name": "demo"},
+                "bookkeeping": {"out": out, "experiment": EXPERIMENT, "name": "demo"},
             }
         )
     )
@@ -104,12 +107,14 @@ def mean_lesion_hit(run: Path, boxes: dict[str, list[Box]]) -> float:
 
 def _guide(out: Path) -> str:
     shown = out.relative_to(Path.cwd()) if out.is_relative_to(Path.cwd()) else out
+    uri = os.environ.get("MLFLOW_TRACKING_URI")
+    own_store = f"{_command('mlflow')} ui --backend-store-uri sqlite:///{shown / 'mlflow.db'}"
     rows = [
         ("report", shown / "report.html"),
         ("predictions", shown / "predictions.csv"),
         ("heatmaps, QuPath GeoJSON", shown / "heatmaps"),
         ("checkpoints", shown / "checkpoints"),
-        ("MLflow", f"{_command('mlflow')} ui --backend-store-uri sqlite:///{shown / 'mlflow.db'}"),
+        ("MLflow", own_store if uri is None else f"experiment {EXPERIMENT} at {server_of(uri)}"),
         ("the slides and their table", shown / "cohort"),
         ("the configuration, commented", shown / "demo.yaml"),
     ]

@@ -13,13 +13,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+from gigamil.cores import num_cores
 from gigamil.errors import EnvironmentFault
 
 Status = Literal["ok", "warn", "fail"]
@@ -152,19 +153,17 @@ class Answer:
     error: str = ""
 
 
-def run_doctor(out: Path | None = None, *, ask: Callable[[str], Answer] | None = None) -> DoctorReport:
+def run_doctor(out: Path | None = None) -> DoctorReport:
     """Check this machine for gigamil.
 
     Args:
         out: folder that runs will be written to; it need not exist. Default: the working directory.
-        ask: probe name -> answer; tests pass their own, by default each probe runs in a child process.
     Returns:
         The report; nothing is raised for a machine that is not fit, see `DoctorReport.exit_code`.
     Cost: the imports of PyTorch, DeepSpeed and MLflow, side by side; about 10 s cold. Leaves no file behind.
     """
-    ask = ask_child if ask is None else ask
     with ThreadPoolExecutor(max_workers=min(4, len(PROBES))) as pool:
-        answers = dict(zip(PROBES, pool.map(ask, PROBES), strict=True))
+        answers = dict(zip(PROBES, pool.map(ask_child, PROBES), strict=True))
     return DoctorReport(
         (
             check_python(sys.version_info[:2]),
@@ -279,9 +278,13 @@ def extension_folders(environment: Mapping[str, str]) -> list[Path]:
 def check_build_locks(folders: list[Path], now: float) -> Check:
     """A build that was killed leaves a file `lock`, and whoever builds next waits for it for ever."""
     ages: dict[Path, float] = {}
-    for lock in (lock for folder in folders for lock in sorted(folder.glob("**/lock"))):
-        with contextlib.suppress(FileNotFoundError):  # that build has just ended
-            ages[lock] = now - lock.stat().st_mtime
+    try:
+        for lock in (lock for folder in folders for lock in sorted(folder.glob("**/lock"))):
+            with contextlib.suppress(FileNotFoundError):  # that build has just ended
+                ages[lock] = now - lock.stat().st_mtime
+    except OSError as error:
+        cure = "export TORCH_EXTENSIONS_DIR=FOLDER, a folder of your own, or mend its rights"
+        return Check("build locks", "fail", f"'{error.filename}' cannot be read: {error.strerror}", cure)
     stale = [lock for lock, age in ages.items() if age > OLDEST_BUILD_S]
     if stale:
         return Check("build locks", "warn", f"{len(stale)} left by a killed build", f"rm {' '.join(map(str, stale))}")
@@ -306,18 +309,15 @@ def check_backends(answer: Answer) -> Check:
 
 def check_devices(answer: Answer, *, has_driver: bool) -> Check:
     """CUDA devices; none is fine unless the machine has a driver that PyTorch does not see."""
-    devices = answer.facts.get("devices", [])
+    if answer.error:
+        return Check("devices", "fail", "not tried, because torch failed", "mend torch first")
+    devices = answer.facts["devices"]
     if devices:
         return Check("devices", "ok", ", ".join(f"{name} {memory / GIB:.0f} GiB" for name, memory in devices))
     if has_driver:
         cure = "compare nvidia-smi with torch.version.cuda, check CUDA_VISIBLE_DEVICES; execution.device=cpu works now"
         return Check("devices", "warn", "a driver is installed but PyTorch sees no CUDA device", cure)
     return Check("devices", "ok", "no CUDA device: training on CPU")
-
-
-def num_cores() -> int:
-    """Cores that this process may use; fewer than the machine has inside a container or a Slurm job."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def check_threads(cores: int, omp_threads: str | None) -> Check:
@@ -343,7 +343,8 @@ def check_memory(answer: Answer) -> Check:
 
 def check_disk(out: Path) -> Check:
     """The output folder, or the nearest folder above it that exists, takes a file and has room."""
-    folder = next(place for place in (out, *out.resolve().parents) if place.is_dir())
+    # os.path.isdir, because Path.is_dir raises below a folder that may not be entered.
+    folder = next(place for place in (out, *out.resolve().parents) if os.path.isdir(place))
     try:
         with tempfile.TemporaryFile(dir=folder) as handle:
             handle.write(b"gigamil")
@@ -363,11 +364,11 @@ def check_mlflow(answer: Answer, tracking_uri: str | None) -> Check:
     """A fresh sqlite store takes a run; a failure costs the tracking only, so it is a warning."""
     if answer.error:
         return Check("mlflow", "warn", answer.error, "pip install 'mlflow>=3.11,<4', or set bookkeeping.mlflow=false")
-    store = "sqlite in the run's root" if tracking_uri is None else f"MLFLOW_TRACKING_URI at {_host(tracking_uri)}"
+    store = "sqlite in the run's root" if tracking_uri is None else f"MLFLOW_TRACKING_URI at {server_of(tracking_uri)}"
     return Check("mlflow", "ok", f"{answer.facts['version']}, runs go to {store}")
 
 
-def _host(uri: str) -> str:
+def server_of(uri: str) -> str:
     """The place of a tracking server without user name, password or query."""
     parts = urlsplit(uri)
     return f"{parts.scheme}://{parts.hostname or parts.path}" if parts.scheme else uri

@@ -2,12 +2,6 @@
 
 Shape letters: B slides of a step, N tiles of a slide, n tiles on this rank, C H W image (channels, rows, columns),
 D embedding, A attention heads, K classes. `logit_nA` is a tensor of n rows and A columns.
-Positions are (x, y) as in OpenSlide; arrays are (H, W).
+Units: `_mpp` micron per pixel, always of something (`slide_mpp`, `tile_mpp`); `_um` micron; `_px0` pixels of level 0 of
+the slide file. Positions are (x, y) as in OpenSlide; arrays are (H, W).
 """
-
-from typing import NewType
-
-Mpp = NewType("Mpp", float)  # micron per pixel, always of something: slide_mpp, tile_mpp
-Micron = NewType("Micron", float)
-Px0 = NewType("Px0", int)  # pixel of level 0 of the slide file
-TilePx = NewType("TilePx", int)  # pixel of a tile as stored

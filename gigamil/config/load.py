@@ -6,6 +6,7 @@ nearest known one, whichever way it came in.
 
 import difflib
 import json
+import re
 import types
 import typing
 from collections.abc import Iterator, Sequence
@@ -31,6 +32,35 @@ _PATHS = (
     "bookkeeping.out",
     "bookkeeping.shards",
 )
+# PyYAML keeps to YAML 1.1, where 1e-4 without a point is a word; for YAML 1.2, and for people, it is a number.
+_FLOAT = (
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"),
+    list("-+.0123456789"),
+)
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader, where a key that occurs twice is an error and 1e-4 is a number."""
+
+    def compose_mapping_node(self, anchor: dict[Any, yaml.Node]) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key, _ in node.value:  # what `<<` merges comes later, and may occur beside it
+            if isinstance(key, yaml.ScalarNode):
+                line = key.start_mark.line + 1
+                if key.value in lines:
+                    raise yaml.YAMLError(f"key '{key.value}' in line {line} was set in line {lines[key.value]} already")
+                lines[key.value] = line
+        return node
+
+
+class _Dumper(yaml.SafeDumper):
+    """The safe dumper, which writes a text such as "1e4" with quotes, so that the loader reads it as one."""
+
+
+_Loader.add_implicit_resolver(*_FLOAT)
+_Dumper.add_implicit_resolver(*_FLOAT)
 
 
 def load_config(path: Path | str | None, overrides: Sequence[str] = ()) -> RunConfig:
@@ -42,8 +72,8 @@ def load_config(path: Path | str | None, overrides: Sequence[str] = ()) -> RunCo
     Returns:
         The frozen configuration; relative paths are made absolute from the working directory.
     Raises:
-        ConfigError: unreadable YAML, an unknown key (with the nearest known one), a value of the wrong kind; all
-            problems are in one message.
+        ConfigError: unreadable YAML, a key that occurs twice, an unknown key (with the nearest known one), a value of
+            the wrong kind; all problems are in one message.
     """
     data: dict[str, Any] = {}
     where = "the defaults"
@@ -59,9 +89,8 @@ def load_config(path: Path | str | None, overrides: Sequence[str] = ()) -> RunCo
     return absolute_paths(config)
 
 
-def absolute_paths(config: RunConfig, base: Path | None = None) -> RunConfig:
-    """Make every path absolute, relative ones counted from `base` (default: the working directory)."""
-    base = Path.cwd() if base is None else base
+def absolute_paths(config: RunConfig) -> RunConfig:
+    """Make every path absolute, relative ones counted from the working directory."""
     data = config.model_dump()
     for dotted in _PATHS:
         *parents, leaf = dotted.split(".")
@@ -70,13 +99,13 @@ def absolute_paths(config: RunConfig, base: Path | None = None) -> RunConfig:
             node = node[name]
         is_url = isinstance(node[leaf], str)  # of shards: kept as it is
         if node[leaf] is not None and not is_url:
-            node[leaf] = (base / _expanded(dotted, node[leaf])).resolve()
+            node[leaf] = _expanded(dotted, node[leaf]).resolve()
     return RunConfig.model_validate(data)
 
 
 def to_yaml(config: RunConfig) -> str:
     """The resolved configuration as plain YAML; loading it gives an equal configuration."""
-    return yaml.safe_dump(json.loads(config.model_dump_json()), sort_keys=False, width=120)
+    return yaml.dump(json.loads(config.model_dump_json()), Dumper=_Dumper, sort_keys=False, width=120)
 
 
 def to_commented_yaml(config: RunConfig) -> str:
@@ -116,7 +145,7 @@ def _expanded(key: str, path: Path) -> Path:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
         raise ConfigError(f"no configuration file '{path}'. Write one with: gigamil init {path} ...") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -138,7 +167,7 @@ def _parse_overrides(words: Sequence[str]) -> Iterator[tuple[str, Any]]:
                 raise ConfigError(f"cannot read the override '{word}'; type --section.key VALUE or section.key=VALUE")
             text = rest.pop(0)
         try:
-            yield key, yaml.safe_load(text)
+            yield key, yaml.load(text, _Loader)
         except yaml.YAMLError as error:
             raise ConfigError(f"--{key}: '{text}' is not a YAML value: {error}") from error
 
@@ -146,10 +175,11 @@ def _parse_overrides(words: Sequence[str]) -> Iterator[tuple[str, Any]]:
 def _set_dotted(data: dict[str, Any], key: str, value: Any) -> None:
     *parents, leaf = key.split(".")
     for name in parents:
-        below = data.setdefault(name, {})
-        if not isinstance(below, dict):
+        if data.get(name) is None:  # not there, or a section without keys
+            data[name] = {}
+        data = data[name]
+        if not isinstance(data, dict):
             raise ConfigError(f"--{key}: '{name}' is a value, not a section")
-        data = below
     data[leaf] = value
 
 
@@ -193,7 +223,8 @@ def _commented(section: BaseModel, indent: str) -> Iterator[str]:
 
 def _scalar(section: BaseModel, name: str) -> str:
     value = json.loads(section.model_dump_json(include={name}))[name]
-    return yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix("\n").removesuffix("\n...")
+    text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, width=10_000)
+    return text.removesuffix("\n").removesuffix("\n...")
 
 
 def _kind(annotation: Any) -> str:

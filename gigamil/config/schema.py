@@ -8,7 +8,7 @@ things go. docs/configuration.md has a row per key.
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -18,10 +18,23 @@ NonNegative = Annotated[float, Field(ge=0)]
 Url = Annotated[str, Field(pattern=r"^[a-z0-9]+://")]
 
 
+def _or_empty(data: Any) -> Any:
+    """A section of a YAML whose keys are all comments has the value null."""
+    return {} if data is None else data
+
+
+Options = Annotated[dict[str, Any], BeforeValidator(_or_empty)]
+
+
 class Section(BaseModel):
     """Base of every section: immutable, and a key that is not declared is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_is_default(cls, data: Any) -> Any:
+        return _or_empty(data)
 
 
 class Columns(Section):
@@ -119,7 +132,7 @@ class Encoder(Section):
     weights: Path | None = Field(None, description="local state_dict (.safetensors, .pt); default: random start")
     mean: tuple[Fraction, Fraction, Fraction] = Field((0.485, 0.456, 0.406), description="input mean, RGB in 0..1")
     std: tuple[Positive, Positive, Positive] = Field((0.229, 0.224, 0.225), description="input standard deviation")
-    options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the encoder")
+    options: Options = Field(default_factory=dict, description="keyword arguments of the encoder")
     freeze_blocks: Annotated[int, Field(ge=0)] = Field(0, description="so many blocks, from the input on, stay fixed")
     lora_rank: Count | None = Field(None, description="train low-rank updates of the linears; the rest stays fixed")
     lora_alpha: Positive = Field(16.0, description="updates are scaled by alpha / rank")
@@ -129,7 +142,7 @@ class Aggregator(Section):
     """Embeddings of a slide -> slide embedding."""
 
     name: str = Field("gated_attention", description="one of docs/aggregators.md, or a registered name")
-    options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the aggregator")
+    options: Options = Field(default_factory=dict, description="keyword arguments of the aggregator")
 
 
 class Augment(Section):

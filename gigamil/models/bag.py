@@ -168,7 +168,9 @@ class Bag:
 
         Args:
             values_nX: a row per tile of this rank.
-            segment_n, num_segments: of each tile; None means its slide.
+            segment_n, num_segments: of each tile, and G; both None: its slide, and B.
+        Raises:
+            ValueError: only one of them is given.
         Cost: one all-reduce of G X numbers.
         """
         segment_n, num_segments = self._segments(segment_n, num_segments)
@@ -184,13 +186,16 @@ class Bag:
 
         Args:
             values_nX: a row per tile of this rank.
-            segment_n, num_segments: of each tile; None means its slide.
+            segment_n, num_segments: of each tile, and G; both None: its slide, and B.
+        Raises:
+            ValueError: only one of them is given.
         Cost: one all-reduce of G X numbers, and one in backward.
         """
-        if segment_n is None or num_segments is None:  # rows of a slide lie together: pairwise sums lose less
+        index_n, num_segments = self._segments(segment_n, num_segments)
+        if segment_n is None:  # rows of a slide lie together: pairwise sums lose less
             return self.pool.sum(torch.stack([values_nX[start:stop].sum(0) for start, stop in self.runs()]))
         start_GX = values_nX.new_zeros((num_segments, *values_nX.shape[1:]))
-        return self.pool.sum(start_GX.index_add(0, segment_n, values_nX))
+        return self.pool.sum(start_GX.index_add(0, index_n, values_nX))
 
     def segment_mean(self, values_nX: Tensor) -> Tensor:
         """Mean per slide, (B, X). Cost: as `segment_sum`."""
@@ -237,10 +242,14 @@ class Bag:
         Backward: the owner receives the gradient of its row.
         Cost: one all-reduce of M X numbers, and one in backward.
         """
-        num_own = len(values_nX)
-        own_M = (number_M >= self.first) & (number_M < self.first + num_own)
         padded_nX = torch.cat([values_nX, values_nX.new_zeros((1, *values_nX.shape[1:]))])
-        return self.pool.sum(padded_nX[torch.where(own_M, number_M - self.first, num_own)])
+        return self.pool.sum(padded_nX[self.own_rows(number_M)])
+
+    def own_rows(self, number_X: Tensor) -> Tensor:
+        """Rows of this rank by pooled tile number, int64 (X,); n, one behind the last, for tiles that it does not own."""
+        num_own = len(self.embedding_nD)
+        is_own_X = (number_X >= self.first) & (number_X < self.first + num_own)
+        return torch.where(is_own_X, number_X - self.first, num_own)
 
     def gather(self, values_nX: Tensor) -> Tensor:
         """The rows of all tiles of the group in pooled order, (N, X), on every rank.
@@ -252,8 +261,10 @@ class Bag:
         return self.pool.fetch(values_nX, [everything] * len(self.pool.counts))
 
     def _segments(self, segment_n: Tensor | None, num_segments: int | None) -> tuple[Tensor, int]:
-        if segment_n is None or num_segments is None:
+        if segment_n is None and num_segments is None:
             return self.slide_index_n, self.num_slides
+        if segment_n is None or num_segments is None:
+            raise ValueError("segment_n and num_segments go together: give both, or neither for slides")
         return segment_n, num_segments
 
 

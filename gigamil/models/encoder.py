@@ -153,7 +153,9 @@ def build_encoder(part: "Encoder") -> TileEncoder:
 
 
 def load_backbone_weights(encoder: TileEncoder, path: Path) -> None:
-    """Fill the backbone from a local state_dict; a classifier in the file (`fc.*`, or what timm calls it) is left out.
+    """Fill the backbone from a local state_dict.
+
+    A classifier in the file (`fc.*`, or what timm calls it) is left out, but for keys that the backbone has too.
 
     Args:
         path: .safetensors, or a file of `torch.save`, which is read with `weights_only=True`.
@@ -167,8 +169,8 @@ def load_backbone_weights(encoder: TileEncoder, path: Path) -> None:
     if isinstance(target, FrozenStatistics):
         classifier, target = target.classifier, target.network
     surplus = tuple(f"{layer}." for layer in classifier)
-    state = {key: value for key, value in _read_state(path).items() if not key.startswith(surplus)}
     want = target.state_dict()
+    state = {key: value for key, value in _read_state(path).items() if key in want or not key.startswith(surplus)}
     missing, unexpected = sorted(want.keys() - state.keys()), sorted(state.keys() - want.keys())
     wrong = sorted(key for key in want.keys() & state.keys() if want[key].shape != state[key].shape)
     if missing or unexpected or wrong:

@@ -33,7 +33,7 @@ VERBS = (
 WITH_CONFIG = ("tile", "split", "features", "plan", "train", "evaluate", "heatmap", "run")
 # Of the classes that errors.py itself declares: gigamil's other ones carry the code of a rank's error.
 DECLARED = [kind for kind in errors.GigamilError.__subclasses__() if kind.__module__ == errors.__name__]
-EXIT_CODES = {"0"} | {str(kind.exit_code) for kind in DECLARED}
+EXIT_CODES = {"0", "141"} | {str(kind.exit_code) for kind in DECLARED}
 MAX_LINES, MAX_COLUMNS, MAX_COLUMNS_OF_FIRST_PAGE = 40, 100, 120
 
 
@@ -63,7 +63,7 @@ def test_help_names_every_verb_and_exit_code(capsys: pytest.CaptureFixture[str])
     assert stopped(["--help"]) == 0
     text = capsys.readouterr().out
     assert tuple(re.findall(r"^    ([\w-]+)(?: |$)", text, flags=re.MULTILINE)) == VERBS
-    assert set(re.findall(r"(\d) \w", text.rpartition("exit codes:")[2])) == EXIT_CODES
+    assert set(re.findall(r"(\d+) \w", text.rpartition("exit codes:")[2])) == EXIT_CODES
 
 
 @pytest.mark.parametrize("verb", WITH_CONFIG)
@@ -135,6 +135,21 @@ def test_words_that_no_verb_takes_show_the_usage(words: list[str], capsys: pytes
     assert capsys.readouterr().err.startswith("usage: gigamil")
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["demo", "--ranks", "two"], "argument --ranks: 'two' is not a whole number"),
+        (["demo", "--ranks", "0"], "argument --ranks: 0 must be at least 1"),
+        (["heatmap", "my.yaml", "--mpp", "half"], "argument --mpp: 'half' is not a number"),
+        (["heatmap", "my.yaml", "--mpp", "0"], "argument --mpp: 0 must be greater than 0"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_wrong_number_is_called_one(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert stopped(words) == 2
+    assert capsys.readouterr().err.splitlines()[-1].endswith(message)
+
+
 def test_print_config_prints_what_would_be_used_and_does_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     Path("my.yaml").write_text("science: {seed: 4}\nbookkeeping: {out: here}\n")
     before = sorted(Path.cwd().rglob("*"))
@@ -151,4 +166,4 @@ def test_the_readme_has_a_row_for_each_verb() -> None:
 
 
 def test_the_readme_has_a_row_for_each_exit_code() -> None:
-    assert set(re.findall(r"^\| (\d) \|", README, flags=re.MULTILINE)) == EXIT_CODES
+    assert set(re.findall(r"^\| (\d+) \|", README, flags=re.MULTILINE)) == EXIT_CODES

@@ -1,6 +1,8 @@
 """The doctor names what is wrong and what to type, and survives what it examines."""
 
 import os
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ import pytest
 from gigamil import doctor
 from gigamil.doctor import GIB, Answer, Check, DoctorReport, run_doctor
 
+Examine = Callable[..., dict[str, Check]]
 HEALTHY = {
     "versions": Answer({"bad": [], "good": 21}),
     "torch": Answer({"version": "2.15.0", "cuda": None, "gloo": True, "nccl": False, "devices": []}),
@@ -26,38 +29,58 @@ def _private_caches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(doctor, "DISK_FAIL", 0)
 
 
-def examine(tmp_path: Path, **changed: Answer) -> dict[str, Check]:
-    report = run_doctor(tmp_path, ask=lambda name: (HEALTHY | changed)[name])
-    return {check.name: check for check in report.checks}
+@pytest.fixture
+def examine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Examine:
+    """The checks of a healthy machine where some probes answer otherwise."""
+
+    def checks(**changed: Answer) -> dict[str, Check]:
+        monkeypatch.setattr(doctor, "ask_child", (HEALTHY | changed).__getitem__)
+        return {check.name: check for check in run_doctor(tmp_path).checks}
+
+    return checks
 
 
-def test_a_healthy_machine_passes(tmp_path: Path) -> None:
-    report = run_doctor(tmp_path / "not" / "yet", ask=HEALTHY.__getitem__)
+@pytest.fixture
+def closed(tmp_path: Path) -> Iterator[Path]:
+    """A folder that may not be entered; root may enter any, so during the test it is another user."""
+    folder, user = tmp_path / "closed", os.geteuid()
+    folder.mkdir(mode=0)
+    if user == 0:
+        os.seteuid(65534)
+    yield folder
+    os.seteuid(user)
+    folder.chmod(0o700)
+
+
+def test_a_healthy_machine_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "ask_child", HEALTHY.__getitem__)
+    report = run_doctor(tmp_path / "not" / "yet")
     assert [check for check in report.checks if check.status == "fail"] == []
     assert report.exit_code == 0
     assert not (tmp_path / "not").exists()
 
 
-def test_torchvision_of_another_torch_is_a_failure_with_its_cure(tmp_path: Path) -> None:
+def test_torchvision_of_another_torch_is_a_failure_with_its_cure(examine: Examine) -> None:
     error = "RuntimeError: operator torchvision::nms does not exist"
-    check = examine(tmp_path, torchvision=Answer(error=error))["torchvision"]
+    check = examine(torchvision=Answer(error=error))["torchvision"]
     assert (check.status, check.detail) == ("fail", error)
     assert "pip install -c constraints.txt torch torchvision" in check.cure
 
 
-def test_a_library_outside_its_range_gets_its_own_line(tmp_path: Path) -> None:
+def test_a_library_outside_its_range_gets_its_own_line(examine: Examine) -> None:
     answer = Answer({"bad": [["deepspeed", "<0.20,>=0.19.6", "0.18.0"], ["simplejpeg", ">=1.8", None]], "good": 19})
-    checks = examine(tmp_path, versions=answer)
+    checks = examine(versions=answer)
     assert checks["libraries"].detail == "19 of 21 within their declared ranges"
     assert checks["deepspeed version"].detail == "0.18.0, needs <0.20,>=0.19.6"
     assert checks["simplejpeg version"].detail == "not installed, needs >=1.8"
     assert checks["simplejpeg version"].cure == "pip install 'simplejpeg>=1.8'"
 
 
-def test_a_torch_that_does_not_import_is_the_first_thing_to_mend(tmp_path: Path) -> None:
-    checks = examine(tmp_path, torch=Answer(error="OSError: libcudart.so.13: cannot open shared object file"))
+def test_a_torch_that_does_not_import_is_the_first_thing_to_mend(examine: Examine) -> None:
+    checks = examine(torch=Answer(error="OSError: libcudart.so.13: cannot open shared object file"))
     assert checks["torch"].status == "fail"
-    assert checks["backends"].cure == "mend torch first"
+    assert {checks[name].cure for name in ("backends", "devices")} == {"mend torch first"}
+    assert checks["devices"].detail == "not tried, because torch failed"
     assert list(checks).index("torch") < list(checks).index("backends")
 
 
@@ -114,6 +137,14 @@ def test_a_folder_that_takes_no_file_fails(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setattr(doctor.tempfile, "TemporaryFile", refuse)  # root may write anywhere, so rights prove nothing
     check = doctor.check_disk(tmp_path)
     assert (check.status, check.detail) == ("fail", f"'{tmp_path}' cannot be written: Permission denied")
+
+
+def test_below_a_folder_that_may_not_be_entered_the_check_fails(closed: Path) -> None:
+    check = doctor.check_disk(closed / "runs" / "out")
+    assert (check.status, check.detail.rpartition(" cannot be ")[2]) == ("fail", "written: Permission denied")
+    check = doctor.check_build_locks([closed / "torch_extensions"], now=0.0)
+    # Python 3.13 and newer: glob passes over what may not be entered.
+    assert check.status == ("fail" if sys.version_info < (3, 13) else "ok")
 
 
 def test_mlflow_only_warns_and_its_address_hides_credentials() -> None:

@@ -82,11 +82,10 @@ class DoubleTier(nn.Module):
         total_MX = bag.segment_sum(torch.cat([weight_n1 * value_nE, weight_n1], dim=1), segment_n, num_segments)
         attention_n1 = weight_n1 / total_MX[segment_n, -1:]
         pooled_ME = total_MX[:, :-1] / total_MX[:, -1:]
+        logit_MK = self.classify1(pooled_ME)
         if self.distil == "afs":
-            logit_MK = self.classify1(pooled_ME)
             feature_FE, per_bag = pooled_ME, 1
         else:
-            logit_MK = self.classify1(pooled_ME)
             with torch.no_grad():  # the tiles' logits only choose
                 instance_nK = self.classify1(attention_n1 * value_nE)
             number_MX = self._chosen(instance_nK, segment_n, num_segments, bag)

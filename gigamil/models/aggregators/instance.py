@@ -174,13 +174,11 @@ class MaxPooling(nn.Module):
         """Bag -> slide embedding (B, D) and attention (n, 1)."""
         embedding_nD = self.dropout(bag.embedding_nD, bag.tile_key_n)
         number_BD = _winners(embedding_nD, bag)
-        # Rows without a winner of this rank count for nothing: they point behind the last one.
-        num_own = len(embedding_nD)
-        is_own_BD = (number_BD >= bag.first) & (number_BD < bag.first + num_own)
-        row_BD = torch.where(is_own_BD, number_BD - bag.first, num_own)
+        row_BD = bag.own_rows(number_BD)
         share_BD = torch.full_like(row_BD, 1 / self.out_dim, dtype=embedding_nD.dtype)
-        attention_n = share_BD.new_zeros(num_own + 1).scatter_add(0, row_BD.flatten(), share_BD.flatten())[:num_own]
-        return Pooled(pick_entries(embedding_nD, number_BD, bag), attention_n[:, None])
+        # What tiles of other ranks win falls into a row behind the last, which is cut off.
+        padded_n = share_BD.new_zeros(len(embedding_nD) + 1).scatter_add(0, row_BD.flatten(), share_BD.flatten())
+        return Pooled(pick_entries(embedding_nD, number_BD, bag), padded_n[:-1, None])
 
 
 @aggregators.register("mean_mlp")

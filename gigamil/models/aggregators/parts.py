@@ -110,10 +110,8 @@ def pick_entries(values_nX: Tensor, number_MX: Tensor, bag: Bag) -> Tensor:
     Backward: the owner of each tile receives the gradient of its entry.
     Cost: one all-reduce of M X numbers, and one in backward.
     """
-    num_own = len(values_nX)
-    is_own_MX = (number_MX >= bag.first) & (number_MX < bag.first + num_own)
     padded_nX = torch.cat([values_nX, values_nX.new_zeros((1, values_nX.shape[1]))])
-    return bag.pool.sum(padded_nX.gather(0, torch.where(is_own_MX, number_MX - bag.first, num_own)))
+    return bag.pool.sum(padded_nX.gather(0, bag.own_rows(number_MX)))
 
 
 def check_heads(width: int, heads: int, name: str = "dim") -> None:

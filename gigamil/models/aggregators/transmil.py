@@ -263,7 +263,7 @@ def landmark_means(values_nX: Tensor, tokens: Bag, counts: Sequence[int]) -> Ten
     return sum_GX / size_G.view(-1, *[1] * (values_nX.dim() - 1))
 
 
-def iterative_pinv(matrix_Xmm: Tensor, iterations: int = PINV_ITERATIONS) -> Tensor:
+def iterative_pinv(matrix_Xmm: Tensor) -> Tensor:
     """Approximate the pseudo-inverse of matrices whose rows sum to 1, each by itself.
 
     Z_0 = A^T / (||A||_1 ||A||_inf), Z_{j+1} = Z_j (13 I - A Z_j (15 I - A Z_j (7 I - A Z_j))) / 4. ||A||_inf = 1 here.
@@ -272,7 +272,7 @@ def iterative_pinv(matrix_Xmm: Tensor, iterations: int = PINV_ITERATIONS) -> Ten
     """
     one_mm = torch.eye(matrix_Xmm.shape[-1], dtype=matrix_Xmm.dtype, device=matrix_Xmm.device)
     inverse_Xmm = matrix_Xmm.mT / matrix_Xmm.sum(-2).amax(-1)[..., None, None]
-    for _ in range(iterations):
+    for _ in range(PINV_ITERATIONS):
         product_Xmm = matrix_Xmm @ inverse_Xmm
         inner_Xmm = 15 * one_mm - product_Xmm @ (7 * one_mm - product_Xmm)
         inverse_Xmm = inverse_Xmm @ (13 * one_mm - product_Xmm @ inner_Xmm) / 4

@@ -23,13 +23,13 @@ CHANGED = {
         "table": "/data/my slides.csv",
         "root": "/data/wsi",
         "columns": {"label": "diagnosis: final"},
-        "classes": ["null", "1.0", "tumour # 2"],
+        "classes": ["null", "1.0", "1e4", "tumour # 2"],
         "test_fraction": 0.25,
     },
     "slides": {"tile_px": 128, "default_mpp": 1e-05 * 25_000},
     "science": {
         "seed": 7,
-        "encoder": {"name": "small_cnn", "options": {"width": 8, "dropout": 0.1}, "weights": "/w.pt"},
+        "encoder": {"name": "small_cnn", "options": {"width": 8, "eps": 1e-06, "tag": "-1E4"}, "weights": "/w.pt"},
         "class_weights": [1.0, 2.5, 3],
         "optim": {"lr_encoder": 1e-06, "clip_norm": None, "betas": [0.8, 0.99]},
         "precision": "bfloat16",
@@ -77,6 +77,54 @@ def test_override_values_are_yaml(tmp_path: Path) -> None:
     assert config.science.encoder.options == {"width": 8}
     assert config.bookkeeping.progress is False
     assert config.bookkeeping.name == "a=b"
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1e4", 1e4), ("1e-1", 0.1), ("-2E+3", -2e3), ("1.5e3", 1.5e3), (".5e1", 5.0), ("'1e4'", "1e4"), ("1e4x", "1e4x")],
+)
+def test_a_number_with_an_exponent_needs_no_point(tmp_path: Path, text: str, value: object) -> None:
+    path = write(tmp_path, f"science: {{aggregator: {{options: {{r: {text}}}}}}}")
+    for config in (load_config(path), load_config(None, [f"science.aggregator.options={{r: {text}}}"])):
+        assert config.science.aggregator.options == {"r": value}
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "lines"),
+    [
+        ("science: {epochs: 5}\nslides: {}\nscience: {seed: 9}", "science", (1, 3)),
+        ("science:\n  epochs: 5\n  seed: 1\n  'epochs': 6", "epochs", (2, 4)),
+        ("science:\n  class_weights:\n  - {a: 1,\n     a: 1}", "a", (3, 4)),
+    ],
+)
+def test_a_key_that_occurs_twice_is_refused(tmp_path: Path, text: str, key: str, lines: tuple[int, int]) -> None:
+    path = write(tmp_path, text)
+    with pytest.raises(ConfigError, match=f"'{path}' .*: key '{key}' in line {lines[1]} was set in line {lines[0]}"):
+        load_config(path)
+
+
+def test_an_override_with_a_key_twice_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--science.encoder.options: .*key 'width' in line 1 was set in line 1"):
+        load_config(None, ["science.encoder.options={width: 8, width: 16}"])
+
+
+def test_merge_keys_set_what_is_not_set_beside_them(tmp_path: Path) -> None:
+    text = (
+        "science:\n"
+        "  encoder: {options: &base {<<: {width: 4, dropout: 0.1}, width: 8}}\n"
+        "  aggregator: {options: {width: 2, <<: *base}}"
+    )
+    science = load_config(write(tmp_path, text)).science
+    assert science.encoder.options == {"width": 8, "dropout": 0.1}
+    assert science.aggregator.options == {"width": 2, "dropout": 0.1}
+
+
+@pytest.mark.parametrize("text", ["science:  # epochs: 5", "science: {optim: }", "science: {encoder: {options: }}"])
+def test_a_section_without_keys_has_the_defaults(tmp_path: Path, text: str) -> None:
+    path = write(tmp_path, text)
+    assert load_config(path) == load_config(None)
+    words = ["science.seed=3", "science.optim.lr_head=0.1", "science.encoder.options.width=8"]
+    assert load_config(path, words) == load_config(None, words)
 
 
 @pytest.mark.parametrize(
@@ -185,7 +233,6 @@ def test_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert config.cohort.table == Path("/x.csv")
     assert config.science.warm_start is None
     assert config.bookkeeping.shard_root == tmp_path / "a" / "b" / "shards"
-    assert absolute_paths(RunConfig(), Path("/base")).cohort.table == Path("/base/slides.csv")
 
 
 def test_every_path_of_the_schema_becomes_absolute() -> None:

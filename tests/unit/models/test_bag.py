@@ -88,6 +88,21 @@ def test_segments_of_ones_own_and_those_without_a_tile(make_bag: MakeBag) -> Non
     assert bag.segment_sum(deep_nXY, segment_n, 3)[2].tolist() == [[4.0] * 3, [-6.0] * 3]
 
 
+@pytest.mark.parametrize(
+    "half", [{"segment_n": torch.tensor([1, 0])}, {"num_segments": 2}], ids=["segment_n", "num_segments"]
+)
+def test_segments_without_their_number_are_refused(half: dict[str, object], make_bag: MakeBag) -> None:
+    bag = bag_of(make_bag, torch.ones(2, 1), (2,))
+    for reduction in (bag.segment_max, bag.segment_sum):
+        with pytest.raises(ValueError, match="segment_n and num_segments"):
+            reduction(torch.ones(2, 1), **half)
+
+
+def test_own_rows_are_those_of_this_rank() -> None:
+    bag = part_of_bag((5, 1, 3, 2), (4, 4, 3))  # tiles 4 to 7
+    assert bag.own_rows(torch.tensor([[3, 4], [7, 8], [-1, 5]])).tolist() == [[4, 0], [3, 4], [4, 1]]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_maximum_is_detached_and_the_sum_is_not(dtype: torch.dtype, make_bag: MakeBag) -> None:
     values_nX = torch.ones(2, 3, dtype=dtype, requires_grad=True)

@@ -238,6 +238,19 @@ def test_weights_of_a_torchvision_network_go_into_it(tmp_path: Path) -> None:
     assert all(torch.equal(found[key], state[key]) for key in state)
 
 
+def test_weights_of_an_encoder_with_a_layer_fc_of_its_own_are_taken(tmp_path: Path) -> None:
+    backbone = SmallCNN(width=4)
+    backbone.fc = nn.Linear(16, 16)
+    encoder = TileEncoder(backbone, MEAN, STD)
+    state = {key: value + 1 for key, value in backbone.state_dict().items()}
+    torch.save(state, tmp_path / "w.pt")
+    load_backbone_weights(encoder, tmp_path / "w.pt")
+    assert all(torch.equal(value, state[key]) for key, value in backbone.state_dict().items())
+    torch.save({key: value for key, value in state.items() if key != "fc.bias"}, tmp_path / "w.pt")
+    with pytest.raises(ConfigError, match=r"1 missing \['fc.bias'\], 0 unexpected"):
+        load_backbone_weights(encoder, tmp_path / "w.pt")
+
+
 def test_weights_that_do_not_fit_are_told_apart(tmp_path: Path) -> None:
     state = SmallCNN(width=4).state_dict()
     state["features.0.weight"] = torch.ones(5, 3, 3, 3)
