@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from gigamil.errors import ConfigError, EnvironmentFault
 
-# What each launcher calls (rank, world size, local rank, ranks of this machine): torchrun and deepspeed, then srun.
+# What each launcher calls (rank, world size, local rank, ranks of this machine): torchrun, deepspeed, then srun.
 _LAUNCHERS = (
-    ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
-    ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"),
+    ("RANK", "WORLD_SIZE", "LOCAL_RANK", ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")),
+    ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", ("SLURM_NTASKS_PER_NODE",)),
 )
 
 
@@ -67,14 +67,19 @@ def detect_topology(group_size: int | None = None, env: Mapping[str, str] = os.e
         EnvironmentFault: a variable is missing or is not a number.
         ConfigError: group_size does not divide the world size.
     """
-    for rank_name, world_name, local_name, local_size_name in _LAUNCHERS:
+    for rank_name, world_name, local_name, local_size_names in _LAUNCHERS:
         if rank_name in env and world_name in env:
             world = _integer(env, world_name)
-            local_size = _integer(env, local_size_name) if local_size_name in env else world
+            local_size = next((_integer(env, name) for name in local_size_names if name in env), world)
             return Topology(
                 world, _integer(env, rank_name), _integer(env, local_name, "0"), local_size, group_size or world
             )
     return Topology(group_size=group_size or 1)
+
+
+def told_rank(env: Mapping[str, str] = os.environ) -> str:
+    """This rank in the launcher's own word, for messages: also where `detect_topology` refuses what it says."""
+    return next((env[name] for name, *_ in _LAUNCHERS if name in env), "0")
 
 
 def export_topology(topology: Topology, env: MutableMapping[str, str] = os.environ) -> None:

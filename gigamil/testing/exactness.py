@@ -26,7 +26,7 @@ from gigamil.models.slide_model import SlideModel
 from gigamil.parallel.topology import Topology
 from gigamil.partition.schedule import StepPlan, plan_steps
 from gigamil.testing.compare import gradient_error, relative_error
-from gigamil.train.engine import DeepSpeedEngine, deepspeed_config, make_ranks, skip_kernel_build
+from gigamil.train.engine import DeepSpeedEngine, deepspeed_config, import_deepspeed, make_ranks, skip_kernel_build
 from gigamil.train.loss import cross_entropy, slide_losses
 from gigamil.train.plain import Engine, PlainEngine
 from gigamil.train.step import ExactStep, Ranks
@@ -401,7 +401,8 @@ class RecordingDeepSpeedEngine(DeepSpeedEngine):
 
     def step(self, learning_rates: Sequence[float]) -> float:
         """Record (a collective), then update."""
-        self.gradients = self.full_gradients()
+        full = import_deepspeed().utils.safe_get_full_grad
+        self.gradients = {name: full(p).detach().float().cpu() for name, p in self._trained().items()}
         return super().step(learning_rates)
 
 

@@ -1,20 +1,26 @@
 """Decisions that all ranks take together: one small reduction before each step, so that control flow never diverges."""
 
+import itertools
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
-from typing import NoReturn, Self, TypeVar
+from typing import TYPE_CHECKING, NoReturn, Self, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from gigamil.errors import EnvironmentFault, GigamilError, TrainingError
-from gigamil.train.step import Ranks
+
+if TYPE_CHECKING:
+    from gigamil.train.step import Ranks
 
 Value = TypeVar("Value")
+_LONGEST_WORK_S = 3600.0  # of rank 0 alone: a machine that vanishes may leave its connections open
+_works = itertools.count()  # of this process; equal on all ranks, as all come to each one
 
 
 @dataclass(frozen=True)
@@ -30,7 +36,7 @@ class Decision:
     save: bool
 
 
-def agree(ranks: Ranks, device: torch.device, *, error: Exception | None, stop: bool, save: bool) -> Decision:
+def agree(ranks: "Ranks", device: torch.device, *, error: Exception | None, stop: bool, save: bool) -> Decision:
     """Reduce each rank's wishes; if a rank met an error, all raise the same one.
 
     Raises:
@@ -50,17 +56,45 @@ def agree(ranks: Ranks, device: torch.device, *, error: Exception | None, stop: 
 
 
 @contextmanager
-def all_or_none(ranks: Ranks, device: torch.device) -> Iterator[None]:
-    """Work that each rank does by itself, without collectives: if it fails on one, all raise."""
+def all_or_none(ranks: "Ranks", device: torch.device, *, first_rank_alone: bool = False) -> Iterator[None]:
+    """Work that each rank does by itself, without collectives: if it fails on one, all raise.
+
+    Args:
+        first_rank_alone: rank 0 does it and may take longer than a collective waits: the others wait without one.
+    Raises:
+        TrainingError: the others lost rank 0.
+    """
     error: Exception | None = None
     try:
         yield
-    except Exception as raised:  # noqa: BLE001 - agreed on, and raised, in the next line
+    except Exception as raised:  # noqa: BLE001 - agreed on, and raised, in the last line
         error = raised
+    if first_rank_alone and ranks.world is not None:
+        _wait_for_first_rank(ranks.topology.rank, dist.distributed_c10d._get_default_store())
     agree(ranks, device, error=error, stop=False, save=False)
 
 
-def first_rank_says(ranks: Ranks, value: Value) -> Value:
+def _wait_for_first_rank(rank: int, store: dist.Store, longest_s: float = _LONGEST_WORK_S) -> None:
+    """Rank 0 says in the store through which the ranks have met that it is done; the others look there until it has."""
+    key = f"gigamil/work/{next(_works)}"
+    if rank == 0:
+        store.set(key, "done")
+        return
+    deadline, pause = time.monotonic() + longest_s, 0.01
+    try:
+        # Not `store.wait`: it would keep NCCL's own threads from the store, which look there whether all ranks are well.
+        while not store.check([key]):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"it is not done after {longest_s:g} s")
+            time.sleep(pause)
+            pause = min(2 * pause, 0.5)
+    except (RuntimeError, OSError) as error:  # the store is gone with rank 0, or with the launcher
+        raise TrainingError(
+            f"rank 0 was lost while the others waited for it: {error}. The same command continues from the last checkpoint."
+        ) from error
+
+
+def first_rank_says(ranks: "Ranks", value: Value) -> Value:
     """The value that rank 0 has, on all ranks. Cost: one broadcast of a small object."""
     if ranks.world is None:
         return value
@@ -69,7 +103,7 @@ def first_rank_says(ranks: Ranks, value: Value) -> Value:
     return box[0]
 
 
-def _raise_same(ranks: Ranks, error: Exception | None) -> NoReturn:
+def _raise_same(ranks: "Ranks", error: Exception | None) -> NoReturn:
     own = None if error is None else (type(error).__name__, str(error), _exit_code(error))
     told: list[tuple[str, str, int] | None] = [None] * ranks.topology.world_size
     dist.all_gather_object(told, own, group=ranks.world)

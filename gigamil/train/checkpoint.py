@@ -106,17 +106,21 @@ class CheckpointStore:
             CheckpointError: of another format, or damaged (names the file).
         """
         self._verify(generation)
-        facts = json.loads((generation / _PROGRESS).read_text())
+        facts = _facts(generation)
         steps = tuple(facts["optimizer_steps"])
         return TrainingState(load_file(generation / _PARAMETERS), load_file(generation / _MOMENTS), steps), facts
 
     def load_parameters(self, pointer: str = "best") -> dict[str, Tensor]:
-        """Parameters and buffers of a generation, verified."""
-        return self.load(pointer)[0].parameters
+        """Parameters and buffers of a generation; all its files are verified, as in `read`."""
+        generation = self._found(pointer)
+        self._verify(generation)
+        return load_file(generation / _PARAMETERS)
 
     def facts(self, pointer: str = "best") -> dict[str, Any]:
-        """What a generation records besides weights and moments, verified."""
-        return self.load(pointer)[1]
+        """What a generation records besides weights and moments; all its files are verified, as in `read`."""
+        generation = self._found(pointer)
+        self._verify(generation)
+        return _facts(generation)
 
     def _found(self, pointer: str) -> Path:
         path = self.find(pointer)
@@ -159,6 +163,11 @@ class CheckpointStore:
 
     def _point(self, pointer: str, name: str) -> None:
         files.replace_file(self.folder / pointer, name + "\n")
+
+
+def _facts(generation: Path) -> dict[str, Any]:
+    facts: dict[str, Any] = json.loads((generation / _PROGRESS).read_text())
+    return facts
 
 
 def _sha256(path: Path) -> str:

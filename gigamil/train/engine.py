@@ -53,7 +53,7 @@ def start_distributed(topology: Topology, device: torch.device, timeout_s: float
     """
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # before the import: else DeepSpeed takes a GPU that it finds
-    deepspeed = _import_deepspeed()
+    deepspeed = import_deepspeed()
     export_topology(topology)
     if device.type == "cpu":
         skip_kernel_build()
@@ -78,7 +78,7 @@ def skip_kernel_build() -> None:
     That takes half a minute and a compiler, and a killed build leaves a lock that hangs every later run. gloo does the
     same sums.
     """
-    _import_deepspeed().ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    import_deepspeed().ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def make_ranks(topology: Topology, timeout_s: float | None = None) -> Ranks:
@@ -166,7 +166,7 @@ class DeepSpeedEngine:
         *,
         timeout_s: float | None = None,
     ) -> None:
-        deepspeed = _import_deepspeed()
+        deepspeed = import_deepspeed()
         self._saved_buffers = model.state_dict().keys() & dict(model.named_buffers()).keys()
         self.device = device
         self._base_optimizer = optimizer
@@ -193,7 +193,7 @@ class DeepSpeedEngine:
         if self._is_whole:
             yield
             return
-        with _import_deepspeed().zero.GatheredParameters(list(self.module.parameters())):
+        with import_deepspeed().zero.GatheredParameters(list(self.module.parameters())):
             self._is_whole = True
             try:
                 yield
@@ -254,12 +254,6 @@ class DeepSpeedEngine:
         self._engine.step()  # with a norm that is not finite, ZeRO leaves the weights and reports infinity
         return float(self._engine.get_global_grad_norm())
 
-    def full_gradients(self) -> dict[str, Tensor]:
-        """Reduced gradients by name, after `one_reduction` and before `step`; a collective. For tests."""
-        from deepspeed.utils import safe_get_full_grad
-
-        return {name: safe_get_full_grad(p).detach().float().cpu() for name, p in self._trained().items()}
-
     def state(self) -> TrainingState:
         """Unpartitioned state, equal on every rank. A collective: all ranks call it."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
@@ -308,7 +302,7 @@ class DeepSpeedEngine:
         """Value of a parameter that no optimiser has: DeepSpeed's safe_get_* know nothing of it."""
         if self.stage < 3:
             return _to_cpu(parameter)
-        with _import_deepspeed().zero.GatheredParameters([parameter]):
+        with import_deepspeed().zero.GatheredParameters([parameter]):
             return _to_cpu(parameter)
 
     def _set(self, parameter: nn.Parameter, value: Tensor, moment: str | None) -> None:
@@ -399,7 +393,12 @@ def _to_cpu(values: Tensor) -> Tensor:
     return values.detach().to("cpu", copy=True).contiguous()
 
 
-def _import_deepspeed() -> Any:
+def import_deepspeed() -> Any:
+    """The module.
+
+    Raises:
+        EnvironmentFault: it cannot be imported.
+    """
     try:
         import deepspeed
     except (ImportError, RuntimeError, OSError) as error:

@@ -22,6 +22,7 @@ import psutil
 import torch
 
 from gigamil.config.schema import Execution
+from gigamil.cores import num_cores
 from gigamil.errors import GigamilError, TrainingError
 
 _OUTCOME_FOLDER, _PARENT, _DEVICES = "GIGAMIL_OUTCOME", "GIGAMIL_PARENT", "GIGAMIL_CUDA_VISIBLE_DEVICES"
@@ -126,7 +127,7 @@ def report_outcome(rank: int) -> Iterator[None]:
 
 
 def _environment(execution: Execution, folder: str) -> dict[str, str]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = num_cores()
     threads = execution.threads or max(1, cores // execution.ranks)
     env = dict(os.environ) | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
     env |= {_OUTCOME_FOLDER: folder, _PARENT: str(os.getpid()), "MLFLOW_DISABLE_TELEMETRY": "true"}

@@ -49,7 +49,8 @@ class Progress:
     Attributes:
         epoch, step_in_epoch: next step to make.
         step: optimiser steps made, skipped ones included (draws and learning rates count them).
-        best_auc, best_loss, best_epoch: of validation; None before the first. Of equal AUCs the lower loss is better.
+        best_auc, best_loss, best_epoch: of validation; None before the first. Of equal AUCs the lower loss (the mean
+            cross-entropy) is better.
         epochs_without_better: for early stopping.
         skipped_in_a_row: steps whose loss was not finite.
         num_keep: chunks whose graphs are kept; part of the state, so that a resumed run does the same work.
@@ -261,10 +262,12 @@ class Trainer:
         self._save(best=better)
 
     def _validate(self) -> tuple[float | None, float | None]:
-        """AUC and mean loss over the validation slides, equal on all ranks; None without any.
+        """AUC and mean cross-entropy over the validation slides, equal on all ranks; None without any.
+
+        Cross-entropy whatever `science.loss` is: without class weights and without what an aggregator adds to the loss.
 
         Raises:
-            TrainingError: a logit is not finite.
+            TrainingError: a logit or an embedding is not finite, or a tile cannot be read; on all ranks.
         """
         if not len(self._val):
             return None, None
@@ -310,7 +313,8 @@ class Trainer:
         state = self.engine.state()  # all ranks take part
         self._memory.above_start()
         self._adopt_chunk()
-        with all_or_none(self._ranks, self._device):  # also: nobody runs ahead of a commit
+        # Nobody runs ahead of a commit, and a large one on a slow disk takes longer than `execution.timeout_s`.
+        with all_or_none(self._ranks, self._device, first_rank_alone=True):
             if self._recorder is not None:
                 progress = replace(self.progress, metrics_bytes=self._recorder.sync())
                 facts = asdict(progress) | self._identity | {"versions": versions()}
@@ -422,7 +426,7 @@ class Trainer:
         self._recorder = Recorder(
             self.config, settings, facts, metrics_bytes=before.metrics_bytes, mlflow_run=before.mlflow_run
         )
-        self.progress = replace(before, mlflow_run=self._recorder.mlflow_run or before.mlflow_run)
+        self.progress = replace(before, mlflow_run=self._recorder.mlflow_run)
 
     @contextmanager
     def _noted(self, final: dict[str, Any]) -> Iterator[None]:

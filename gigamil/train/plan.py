@@ -37,6 +37,7 @@ from gigamil.models.aggregator import min_tiles
 from gigamil.models.bag import Bag, LocalPool, Pool, Pooled, Ranges
 from gigamil.models.encoder import TileEncoder
 from gigamil.models.slide_model import SlideModel, build_model
+from gigamil.parallel.topology import Topology
 from gigamil.partition.schedule import StepPlan, plan_steps
 from gigamil.partition.spans import owned_range
 from gigamil.train.cohort import load_training_data
@@ -196,13 +197,15 @@ def plan_run(
         tiles: of a step over all ranks; None takes the shards' manifests, or an area of tissue where there are none.
         model: what the configuration describes, on the CPU, as the engine takes it; None builds it.
     Raises:
-        ConfigError: the configuration does not make a model, or a GPU's memory is neither told nor here.
+        ConfigError: the configuration does not make a model, `execution.group_size` does not divide the ranks, or a
+            GPU's memory is neither told nor here.
         ShardError: `data.source: features` and there is none yet.
     Cost: a few forwards and backwards of a handful of tiles; memory of the model and its gradients.
     """
     from gigamil.train.prepare import set_batchnorm  # which refuses by a plan
 
     ranks = config.execution.ranks if ranks is None else ranks
+    _refuse_group_size(config.execution.group_size, ranks)
     device = _device(config, is_planned=device_memory is not None)
     sizes, slides = _slide_sizes(config, tiles)
     if device_memory is None:
@@ -288,6 +291,16 @@ def _device(config: RunConfig, is_planned: bool = False) -> Literal["cpu", "cuda
     return "cuda" if wanted == "cuda" or (wanted == "auto" and (is_planned or torch.cuda.is_available())) else "cpu"
 
 
+def _refuse_group_size(group_size: int | None, ranks: int) -> None:
+    """Refuse a group that ranks do not fill. One rank with a larger group is what a YAML for a launcher says."""
+    if ranks == 1 and group_size is not None and group_size > 1:
+        raise ConfigError(
+            f"execution.group_size={group_size}, and a plan for 1 rank: say how many the launcher will start, a multiple "
+            f"of {group_size}, for example with `--ranks {group_size}`"
+        )
+    Topology(ranks, group_size=group_size or ranks)
+
+
 def _slide_sizes(config: RunConfig, tiles: int | None) -> tuple[list[int], str]:
     """Tiles of the slides that are trained on, and how they are known."""
     per_step = config.science.slides_per_step
@@ -296,12 +309,13 @@ def _slide_sizes(config: RunConfig, tiles: int | None) -> tuple[list[int], str]:
     try:
         sizes = load_training_data(config).slides("train").sizes
         return list(sizes), "from the shards"
-    except (GigamilError, OSError):
+    except (GigamilError, OSError) as error:
         tile_mm = config.slides.tile_px * config.slides.tile_mpp / 1000
         size = max(1, round(_TISSUE_MM2 / tile_mm**2))
-        return [
-            size
-        ] * per_step, f"no shards yet: {_TISSUE_MM2:g} mm2 of tissue a slide assumed; --tiles N says otherwise"
+        words = (
+            f"{_TISSUE_MM2:g} mm2 of tissue a slide assumed, --tiles N says otherwise; its tiles are not known: {error}"
+        )
+        return [size] * per_step, words
 
 
 def _feature_dim(config: RunConfig) -> int | None:

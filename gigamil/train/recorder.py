@@ -32,10 +32,10 @@ class Recorder:
         settings: DeepSpeed JSON.
         facts: of run.json.
         metrics_bytes: what metrics.jsonl is cut back to.
-        mlflow_run: MLflow run to continue.
+        mlflow_run: MLflow run to continue; None starts one.
     Attributes:
         error: first failure to write.
-        mlflow_run: id of the MLflow run; None without one.
+        mlflow_run: id of the MLflow run, that of an earlier session where this one does not reach it; None without one.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Recorder:
         self._out = book.out
         self._config = config
         self.error: OSError | None = None
-        self.mlflow_run: str | None = None
+        self.mlflow_run = mlflow_run
         self._tracker: Tracker | None = None
         replace_file(self._out / "config.resolved.yaml", to_yaml(config))
         replace_file(self._out / "ds_config.resolved.json", json.dumps(settings, indent=1))
@@ -59,7 +59,7 @@ class Recorder:
         self._record = RunRecord(self._out / "run.json")
         if book.mlflow:
             self._tracker = Tracker(self._out, book.experiment, book.name, mlflow_run)
-            self.mlflow_run = self._tracker.run_id
+            self.mlflow_run = self._tracker.run_id or mlflow_run
             # What may change when a run continues on other machines is a tag; a parameter is for ever.
             science = config.science.model_dump(mode="json")
             self._tracker.describe(_flat({"science": science, "slides": config.slides.model_dump()}), _flat(facts))

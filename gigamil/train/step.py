@@ -27,6 +27,7 @@ from gigamil.parallel.pooling import GroupPool
 from gigamil.parallel.topology import Topology
 from gigamil.partition.schedule import StepPlan
 from gigamil.partition.spans import chunk_ranges
+from gigamil.train.agree import agree
 from gigamil.train.loss import SlideLoss, group_loss, slide_losses
 from gigamil.train.plain import Engine
 
@@ -96,7 +97,7 @@ class OutOfMemory(Exception):
     """All ranks agreed to make the step again with smaller chunks.
 
     Args:
-        tried: tiles of the smallest call that did not fit, on any rank.
+        tried: tiles of the smallest call that did not fit, on any rank; twice as many if graphs were kept beside it.
     """
 
     def __init__(self, tried: int) -> None:
@@ -249,7 +250,8 @@ class ExactStep:
         class, the column of the class that it predicts for the slide is given.
 
         Raises:
-            TrainingError: an embedding is not finite; names slide and tile, on all ranks.
+            TrainingError: an embedding is not finite, names slide and tile; or some rank could not read a tile (one
+                process raises what the reader raised). On all ranks.
         """
         while True:
             calls = _Calls(self, plan, tiles, None)
@@ -269,8 +271,7 @@ class ExactStep:
             logits_SK[mine] = forward.logits_BK.double()[: len(mine)]
         logits_SK = self._ranks.sum_world(logits_SK)
         bad_tile = self._find_blame(calls, forward)
-        if calls.error is not None:
-            raise calls.error
+        agree(self._ranks, self.engine.device, error=calls.error, stop=False, save=False)
         if bad_tile is not None:
             slide_id = self._keys.slide_ids[plan.slides[bad_tile[0]]]
             raise TrainingError(f"slide '{slide_id}': the embedding of tile {bad_tile[1]} is not finite")
@@ -350,7 +351,7 @@ class ExactStep:
 
     def _halve(self, tried: int) -> None:
         refuse_no_memory(tried)
-        self.chunk = tried // 2
+        self.chunk = min(self.chunk, tried // 2)
         self.num_keep = 0
         if self.engine.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -379,7 +380,7 @@ class _Calls:
         self.plan, self.tiles = plan, tiles
         self.size = step.chunk
         self.error: Exception | None = None
-        self.out_of_memory: int | None = None  # tiles of a call that did not fit and cannot be cut
+        self.out_of_memory: int | None = None  # `OutOfMemory.tried` of a call that did not fit and cannot be cut
         self._step = step
         self._engine = step.engine
         self._feed = ChunkFeed(tiles.images, step.engine.device, step._cache_bytes)
@@ -446,7 +447,8 @@ class _Calls:
         return done or self._give_up(chunk)
 
     def _give_up(self, chunk: EncodedChunk) -> bool:
-        self.out_of_memory = max(1, chunk.stop - chunk.start)
+        # Beside kept graphs there may have been too little memory, and without them enough: the size to try is the same.
+        self.out_of_memory = max(1, chunk.stop - chunk.start) * (2 if self._step.num_keep else 1)
         self.poison()
         return False
 

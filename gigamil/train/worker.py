@@ -16,7 +16,7 @@ from gigamil.config.load import load_config
 from gigamil.config.schema import RunConfig
 from gigamil.errors import EnvironmentFault, GigamilError, Interrupted, TrainingError
 from gigamil.lock import folder_lock
-from gigamil.parallel.topology import Topology, detect_topology
+from gigamil.parallel.topology import Topology, detect_topology, told_rank
 from gigamil.registry import import_plugins
 from gigamil.train.agree import StopSignals
 from gigamil.train.engine import start_distributed
@@ -102,7 +102,7 @@ def _tell(error: GigamilError) -> None:
 
     What a rank met before it agreed with the others, only it can tell.
     """
-    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    rank = told_rank()
     agreed = isinstance(error, Interrupted | TrainingError)
     if not has_parent() and (rank == "0" or not agreed):
         os.write(_TERMINAL, f"gigamil: rank {rank}: {error}\n".encode())

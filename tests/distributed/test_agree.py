@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gigamil.errors import ConfigError, GigamilError
+from gigamil.errors import ConfigError, GigamilError, TrainingError
 from gigamil.parallel.topology import Topology
 from gigamil.testing.ranks import run_on_ranks
 from gigamil.train.agree import Decision, agree, all_or_none, first_rank_says
@@ -16,6 +16,12 @@ def _decide(rank: int, num_ranks: int) -> list[object]:
     ranks = make_ranks(Topology(num_ranks, rank, rank, num_ranks, num_ranks))
     seen: list[object] = [agree(ranks, CPU, error=None, stop=rank == 1, save=rank == 0)]
     seen.append(first_rank_says(ranks, f"from {rank}"))
+    with all_or_none(ranks, CPU, first_rank_alone=True):
+        pass
+    with pytest.raises(TrainingError) as lost, all_or_none(ranks, CPU, first_rank_alone=True):
+        if rank == 0:
+            raise OSError("no space left")
+    seen.append(str(lost.value))
     for error in (
         OSError("no space left") if rank == 1 else None,
         ConfigError("k must be 3"),
@@ -34,6 +40,7 @@ def test_all_ranks_see_the_same() -> None:
     assert first == [
         Decision(stop=True, save=True),
         "from 0",
+        "rank 0: OSError: no space left",
         ("TrainingError", "rank 1: OSError: no space left", 4),
         ("ConfigError", "k must be 3", 2),
         ("TrainingError", "rank 0: ConfigError: k must be 3", 2),

@@ -3,10 +3,12 @@
 import gc
 import json
 import re
+import time
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from gigamil.config.schema import RunConfig
@@ -18,7 +20,7 @@ from gigamil.shards.read import ShardSet
 from gigamil.testing.ranks import run_on_ranks
 from gigamil.testing.runs import tiny_run
 from gigamil.train import plan
-from gigamil.train.engine import make_ranks, skip_kernel_build
+from gigamil.train.engine import _set_timeout, make_ranks, skip_kernel_build
 from gigamil.train.loop import Trainer
 from gigamil.train.loss import cross_entropy, losses
 
@@ -174,6 +176,40 @@ def test_a_damaged_tile_met_in_the_middle_of_a_step_ends_all_ranks_too(tmp_path:
     for message in run_on_ranks(_fit_error, 2, 2, config):
         assert "slide 's02'" in message
         assert "tile 29 is not what was written: its crc32 differs" in message
+
+
+def test_a_damaged_tile_of_a_validation_slide_ends_all_ranks_with_one_message(tmp_path: Path) -> None:
+    config = tiny_run(tmp_path, execution={"ranks": 2, "tile_cache": 0})
+    shards = ShardSet(config.bookkeeping.shard_root)
+    tar = shards.folder("s08") / shards.manifest("s08").tars[0].name
+    data = bytearray(tar.read_bytes())
+    data[int(shards.index("s08").offset[-1]) + 50] ^= 0xFF  # the last tile: only one rank reads it
+    tar.write_bytes(data)
+    messages = run_on_ranks(_fit_error, 2, 2, config)
+    assert messages[0] == messages[1]
+    assert re.match(r"rank [01]: ShardError: slide 's08'.* tile 20 is not what was written", messages[0])
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["error"] == f"TrainingError: {messages[0]}"
+
+
+def _slow_commit(rank: int, num_ranks: int, config: RunConfig) -> list[str]:
+    """Generations after a commit that takes longer than a collective waits."""
+    trainer = _trainer(rank, num_ranks, config)
+    commit = trainer._store.commit
+
+    def slowly(*args: object, **kwargs: object) -> Path:
+        time.sleep(5)
+        return commit(*args, **kwargs)
+
+    trainer._store.commit = slowly
+    _set_timeout(3, dist.group.WORLD)
+    trainer._save(best=False)
+    _set_timeout(60, dist.group.WORLD)
+    return [path.name for path in trainer._store.folder.glob("0*")]
+
+
+def test_a_checkpoint_may_take_longer_than_ranks_wait_for_each_other(tmp_path: Path) -> None:
+    config = tiny_run(tmp_path, execution={"ranks": 2})
+    assert run_on_ranks(_slow_commit, 2, 2, config) == [["000001-step-00000000"]] * 2
 
 
 def _infinite_tile(rank: int, num_ranks: int, config: RunConfig) -> str:

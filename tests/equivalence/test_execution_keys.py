@@ -26,7 +26,7 @@ SAME_SUMS: dict[str, dict[str, Any]] = {
     "replay": {"memory": "replay"},
     "no prefetch": {"prefetch": 0},
     "timeout": {"timeout_s": 50},
-    "budget": {"memory_budget": 1e9},
+    "two chunks kept, the rest replayed": {"memory_budget": 5e5},
     "tiles decoded again": {"tile_cache": 0, "memory": "replay"},
     "no threads that decode": {"decode_workers": 0},
     "several threads that decode": {"decode_workers": 3},
@@ -38,6 +38,7 @@ OTHER_SUMS: dict[str, dict[str, Any]] = {
     "zero 0": {"zero_stage": 0},
     "zero 2": {"zero_stage": 2},
     "zero 3": {"zero_stage": 3},
+    "two threads": {"threads": 2},
 }
 # With a network that has BatchNorm and blocks.
 SAME_ENCODER_SUMS: dict[str, dict[str, Any]] = {
@@ -57,8 +58,12 @@ def _train(rank: int, num_ranks: int, configs: list[RunConfig]) -> list[list[flo
     skip_kernel_build()
     losses = []
     for config in configs:
+        torch.set_num_threads(config.execution.threads or 1)
         topology = Topology(num_ranks, rank, rank, num_ranks, config.execution.group_size or num_ranks)
-        Trainer(config, make_ranks(topology), torch.device("cpu")).fit()
+        trainer = Trainer(config, make_ranks(topology), torch.device("cpu"))
+        trainer.fit()
+        if config.execution.memory_budget:
+            assert trainer.progress.num_keep == 2  # of up to seven
         lines = map(json.loads, (config.bookkeeping.out / "metrics.jsonl").read_text().splitlines())
         losses.append([line["loss"] for line in lines if line["kind"] == "step"])
     return losses

@@ -3,9 +3,17 @@
 import pytest
 
 from gigamil.errors import ConfigError, EnvironmentFault
-from gigamil.parallel.topology import Topology, detect_topology, export_topology
+from gigamil.parallel.topology import Topology, detect_topology, export_topology, told_rank
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+DEEPSPEED = {
+    "RANK": "9",
+    "WORLD_SIZE": "32",
+    "LOCAL_RANK": "1",
+    "LOCAL_SIZE": "8",
+    "CROSS_RANK": "1",
+    "CROSS_SIZE": "4",
+}
 SRUN = {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1", "SLURM_NTASKS_PER_NODE": "2"}
 
 
@@ -14,7 +22,12 @@ def test_without_a_launcher_there_is_one_process() -> None:
     assert detect_topology(env={"RANK": "3"}) == Topology()  # half of the pair is not a launcher
 
 
-def test_torchrun_and_deepspeed() -> None:
+def test_deepspeed_tells_the_ranks_of_a_machine_in_a_word_of_its_own() -> None:
+    assert detect_topology(env=DEEPSPEED) == Topology(32, 9, 1, 8, 32)
+    assert detect_topology(env=DEEPSPEED | {"LOCAL_WORLD_SIZE": "4"}).local_size == 4
+
+
+def test_torchrun() -> None:
     assert detect_topology(env=TORCHRUN) == Topology(8, 5, 1, 4, 8)
     assert detect_topology(2, TORCHRUN) == Topology(8, 5, 1, 4, 2)
 
@@ -26,6 +39,10 @@ def test_srun_and_who_wins() -> None:
 
 def test_a_launcher_that_says_little() -> None:
     assert detect_topology(env={"RANK": "0", "WORLD_SIZE": "2"}) == Topology(2, 0, 0, 2, 2)
+
+
+def test_a_rank_is_told_before_it_is_understood() -> None:
+    assert [told_rank(env) for env in ({}, SRUN, SRUN | TORCHRUN, {"RANK": "two"})] == ["0", "3", "5", "two"]
 
 
 @pytest.mark.parametrize("value", ["", "two", "1.5"])

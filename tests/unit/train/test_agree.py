@@ -2,14 +2,18 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
+import time
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from gigamil.errors import ShardError
+from gigamil.errors import ShardError, TrainingError
 from gigamil.parallel.topology import Topology
-from gigamil.train.agree import Decision, StopSignals, agree
+from gigamil.train.agree import Decision, StopSignals, _wait_for_first_rank, agree
 from gigamil.train.step import Ranks
 
 CPU = torch.device("cpu")
@@ -26,6 +30,31 @@ def test_one_process_raises_its_own_error() -> None:
     with pytest.raises(ShardError) as caught:
         agree(ALONE, CPU, error=error, stop=True, save=True)
     assert caught.value is error
+
+
+FIRST_RANK = """
+import sys
+import torch.distributed as dist
+store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+print(store.port, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_first_rank_that_dies_at_its_work_is_not_waited_for() -> None:
+    command = [sys.executable, "-c", FIRST_RANK]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        store = dist.TCPStore("127.0.0.1", int(process.stdout.readline()), is_master=False)
+        threading.Timer(1.0, process.kill).start()
+        start = time.monotonic()
+        with pytest.raises(TrainingError, match="rank 0 was lost .* The same command continues"):
+            _wait_for_first_rank(1, store)
+        assert 0.5 < time.monotonic() - start < 10
+
+
+def test_the_wait_for_the_first_rank_has_an_end() -> None:
+    with pytest.raises(TrainingError, match="rank 0 was lost .* not done after 0.2 s"):
+        _wait_for_first_rank(1, dist.HashStore(), longest_s=0.2)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])

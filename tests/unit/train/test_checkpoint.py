@@ -55,6 +55,22 @@ def test_what_is_committed_is_loaded(tmp_path: Path) -> None:
     assert store.load_parameters("latest")["w"].equal(state.parameters["w"])
 
 
+def test_only_what_is_asked_for_is_read_and_all_is_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = CheckpointStore(tmp_path)
+    path = commit(store, 12, best=True)
+    read: list[str] = []
+    load_file = checkpoint.load_file
+    monkeypatch.setattr(checkpoint, "load_file", lambda file: read.append(file.name) or load_file(file))
+    assert store.facts()["epoch"] == 120
+    assert read == []
+    assert store.load_parameters().keys() == {"w", "b"}
+    assert read == ["parameters.safetensors"]
+    (path / "moments.safetensors").write_bytes(b"")
+    for function in (store.facts, store.load_parameters):
+        with pytest.raises(CheckpointError, match=r"moments.safetensors' is damaged"):
+            function()
+
+
 def test_equal_states_give_equal_bytes(tmp_path: Path) -> None:
     a, b = (commit(CheckpointStore(tmp_path / name), 3) for name in "ab")
     assert [(a / file).read_bytes() for file in FILES] == [(b / file).read_bytes() for file in FILES]

@@ -115,6 +115,18 @@ def test_more_ranks_share_tiles_and_states() -> None:
     assert sum(row.bytes for row in one.traffic) == 0 < sum(row.bytes for row in four.traffic)
 
 
+@pytest.mark.parametrize("ranks", [2, 6])
+def test_a_group_that_the_ranks_do_not_fill_is_refused(ranks: int) -> None:
+    with pytest.raises(ConfigError, match=f"execution.group_size=4 does not divide world size {ranks}; use one of"):
+        plan_run(config(group_size=4), ranks=ranks, tiles=100, device_memory=8 * GB)
+    assert plan_run(config(group_size=4), ranks=8, tiles=100, device_memory=8 * GB).tiles_rank == 13
+
+
+def test_a_plan_of_a_run_whose_ranks_a_launcher_starts_asks_for_their_number() -> None:
+    with pytest.raises(ConfigError, match=r"execution.group_size=4, and a plan for 1 rank: .*`--ranks 4`"):
+        plan_run(config(group_size=4), tiles=100, device_memory=8 * GB)
+
+
 def test_partitioned_parameters_are_whole_within_a_step() -> None:
     two, three = (plan_run(config(zero_stage=stage), ranks=4, tiles=101, device_memory=8 * GB) for stage in (2, 3))
     whole = row(two, "parameters")
@@ -152,7 +164,9 @@ def test_the_command_needs_no_shards(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert figures["available"] == 8 * GB
     assert figures["fits"]
     assert cli.main(["plan", str(path)]) == 0
-    assert "no shards yet: 100 mm2 of tissue a slide assumed" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "100 mm2 of tissue a slide assumed, --tiles N says otherwise; its tiles are not known: " in out
+    assert "cohort.table" in out
     assert cli.main(["plan", str(path), "--gpu-memory", "much"]) == 2
 
 

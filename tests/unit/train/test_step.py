@@ -1,6 +1,7 @@
 """One process of the exact step: what it reports, what it leaves alone, and how it predicts. (Ranks: tests/distributed.)"""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -157,6 +158,32 @@ def shrink_the_device(step: ExactStep, limit: int) -> list[int]:
 
     step.engine.module.encoder.backbone.register_forward_pre_hook(check)
     return sizes
+
+
+class NoRoom(torch.autograd.Function):
+    """Identity; its backward has no memory."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("injected")
+
+
+@pytest.mark.parametrize("chunk", [1, 2])
+def test_kept_graphs_are_given_up_before_calls_become_smaller(chunk: int) -> None:
+    plan, tiles, label_S, weight_S = make_input()
+    small, large = make_step(9, chunk=chunk), make_step(9, chunk=chunk)
+    small.engine.module.encoder.backbone.register_forward_hook(
+        lambda _module, _args, output: NoRoom.apply(output) if small.num_keep else output
+    )
+    for step in (small, large):
+        step.train(plan, tiles, label_S, weight_S, step=0, learning_rates=[0.1, 0.1])
+    assert (small.num_keep, small.chunk) == (0, chunk)
+    for name, values in parameters(small).items():
+        torch.testing.assert_close(values, parameters(large)[name], rtol=1e-12, atol=1e-14)
 
 
 def test_padded_chunks_are_halved_in_the_second_pass_too() -> None:
