@@ -6,20 +6,23 @@ tile, ranks may be empty, the chunks' graphs are kept, half kept or replayed, dr
 
 - float64 with torch alone: rounding only, bound 1e-12; 1e-9 for TransMIL, whose pseudo-inverse enlarges rounding.
 - float32 through the real DeepSpeed launcher and engine at each ZeRO stage with SGD (Adam hides a gradient that is
-  wrong by a factor), optimiser state on the device or offloaded: bound 1e-5, or four times the largest error that one
-  float32 process has by itself, over eight models that differ in their last digits, where this is more (TransMIL).
+  wrong by a factor), optimiser state on the device or offloaded: bound 1e-5. A case of any aggregator that is beyond it
+  has failed only if it is also beyond four times the largest error that one float32 process has by itself, over eight
+  models that differ in their last digits; TransMIL alone needs that, and is reported apart.
 - bfloat16 autocast through the same engine, compared with one process under autocast whose loss carries the number of
-  ranks, as a rank's does until gradients are averaged (times 3 rounds otherwise than times 1): bound 2^-8, the largest error of
-  one rounding to 8 bits. The head is float32 in both; the encoder's gradient is rounded once per chunk here and once
-  for the whole bag there, and sums of such independent roundings differ by less than one of them.
+  ranks, as a rank's does until gradients are averaged (times 3 rounds otherwise than times 1): bound 2^-8, the
+  largest error of one rounding to 8 bits. The head is float32 in both; the encoder's gradient is rounded once per
+  chunk here and once for the whole bag there, and sums of such independent roundings differ by less than one of them.
 
-The error of a gradient is max over parameters of ||d|| / max(||g_parameter||, floor ||g_all||), on every rank. The floor is 1e-3,
-and 6e-3 in float32, where 1e-5 of less than that is finer than one rounding (2^-24) of the whole gradient.
+The error of a gradient is max over parameters of ||d|| / max(||g_parameter||, floor ||g_all||), on every rank. The
+floor is 1e-3, and 6e-3 in float32, where 1e-5 of less than that is finer than one rounding (2^-24) of the whole
+gradient.
 
     python benchmarks/exactness.py --ranks 1,2,3,4 --zero 0,1,2,3     one aggregator
     python benchmarks/exactness.py --all                              every aggregator, every variant of it
 
-The last line is JSON: the largest error of a gradient of each kind, aggregators, cases, and how many of these failed.
+The last line is JSON: aggregators, cases, the largest error of a gradient of each kind (float64, the same of TransMIL,
+float32 through DeepSpeed, the same of TransMIL, bfloat16; null without a case), and how many cases failed.
 """
 
 import argparse
@@ -27,11 +30,13 @@ import json
 import logging
 import math
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -96,6 +101,7 @@ def main(words: Sequence[str] | None = None) -> int:
         "worst_fp64": _worst(rows, "float64"),
         "worst_fp64_pinv": _worst(rows, "float64, pinv"),
         "worst_deepspeed": _worst(rows, "float32"),
+        "worst_deepspeed_pinv": _worst(rows, "float32, pinv"),
         "worst_bf16": _worst(rows, "bfloat16"),
         "failed": failed,
     }
@@ -155,15 +161,33 @@ def _compare(ranks: int, zero: int | None, everything: bool) -> list[Row]:
         command += [os.path.abspath(__file__), "--worker", "-" if zero is None else str(zero), folder]
         command += ["--all"] if everything else []
         env = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-        result = subprocess.run(command, env=env, timeout=TIMEOUT_S, check=False)
+        code = launched(command, env, TIMEOUT_S)
         files = sorted(Path(folder).glob("*.json"))
-        if result.returncode or len(files) != ranks:
+        if code is None:
             raise SystemExit(
-                f"{ranks} ranks, ZeRO {zero}: the launcher returned {result.returncode}, {len(files)} answered"
+                f"{ranks} ranks, ZeRO {zero}: not done after {TIMEOUT_S} s, {len(files)} answered; they were ended"
             )
+        if code or len(files) != ranks:
+            raise SystemExit(f"{ranks} ranks, ZeRO {zero}: the launcher returned {code}, {len(files)} answered")
         by_rank = [[Errors(*errors) for errors in json.loads(path.read_text())] for path in files]
     wanted = wanted_cases(ranks, zero, everything)
     return summarised(ranks, zero, wanted, by_rank, time.monotonic() - start)
+
+
+def launched(command: Sequence[str], env: Mapping[str, str], timeout_s: float) -> int | None:
+    """Return code of a launcher; None if it did not end in time. Then, as on Ctrl-C, none of its ranks lives on.
+
+    They are in a session of their own, because a launcher that is killed leaves its ranks behind.
+    """
+    with subprocess.Popen(command, env=env, start_new_session=True) as launcher:
+        try:
+            return launcher.wait(timeout_s)
+        except BaseException as error:
+            with suppress(ProcessLookupError):
+                os.killpg(launcher.pid, signal.SIGKILL)
+            if isinstance(error, subprocess.TimeoutExpired):
+                return None
+            raise
 
 
 def summarised(
@@ -216,4 +240,6 @@ def _free_port() -> int:
 
 
 if __name__ == "__main__":
+    if "--worker" not in sys.argv:  # `timeout` and batch systems: to end as on Ctrl-C, with the ranks
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     sys.exit(main())

@@ -12,22 +12,21 @@ Tiles are cut from drawn tissue (224 px, quality 90, 4:2:0), files lie in the pa
     webdataset W  WebDataset -> the same decoder -> batches of 64 tiles, through DataLoader with W worker processes;
                   0: both do everything in the thread that asks
 
-All arms take turns. Per core means CPU time of all threads and children, the least of all rounds; tiles/s is wall time,
-the median of all rounds. What is delivered is compared pixel by pixel first. The share of time that a training waits for
-data is that of a short real one with the encoder and tile size of the demo; it has four steps in an epoch, of which the
-first always waits for its tiles, where the demo has twenty.
+All arms take turns. Per core means CPU time of all threads and children, the least of all rounds; tiles/s is wall
+time, the median of all rounds. What is delivered is compared pixel by pixel first. The share of time that a training
+waits for data is that of a short real one with the encoder and tile size of the demo; it has four steps in an epoch,
+of which the first always waits for its tiles, where the demo has twenty.
 
     python benchmarks/loading.py [--quick] [--out FILE]
 
-The last line is JSON: loading_over_decode_limit (CPU time, one thread), loading_over_webdataset (wall time, the worst of
-the numbers of workers), data_wait_frac.
+The last line is JSON: loading_over_decode_limit (CPU time, one thread), loading_over_webdataset (wall time, the worst
+of the numbers of workers), data_wait_frac.
 """
 
 import argparse
 import gc
 import hashlib
 import json
-import platform
 import resource
 import statistics
 import sys
@@ -42,6 +41,7 @@ import numpy as np
 import simplejpeg
 import torch
 import webdataset
+from origin import origin
 from torch import Tensor
 
 from gigamil.config.schema import RunConfig
@@ -140,12 +140,7 @@ def main(words: Sequence[str] | None = None) -> int:
     }
     if arguments.out is not None:
         raw = {
-            "command": "python benchmarks/loading.py " + " ".join(sys.argv[1:] if words is None else words),
-            "machine": {
-                "platform": platform.platform(),
-                "torch": torch.__version__,
-                "webdataset": webdataset.__version__,
-            },
+            **origin(__file__, words, torch=torch.__version__, webdataset=webdataset.__version__),
             "sizes": asdict(sizes),
             "kib_per_tile": kib,
             "result": result,

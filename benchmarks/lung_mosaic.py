@@ -17,6 +17,7 @@ The last line is JSON: auc, auc_ci, slides, tiles, ranks, tumour_hit, ...
 
 import argparse
 import csv
+import hashlib
 import json
 import multiprocessing
 import os
@@ -36,6 +37,7 @@ from scipy import ndimage
 from gigamil.config import schema
 from gigamil.evaluate.attention import attention_path, lesion_hit, read_attention
 from gigamil.metrics import auc
+from gigamil.pipeline import run_pipeline
 from gigamil.shards.read import ShardSet
 from gigamil.testing.tiff import write_pyramid_tiff
 
@@ -94,6 +96,14 @@ def read_tiles(folder: Path) -> list[Tile]:
             Tile(f"{row['label']}-{row['group_id']}", row["label"], jpegs[row["path"]])
             for row in csv.DictReader(handle)
         ]
+
+
+def source_of(folder: Path) -> dict[str, str | int]:
+    """What tells one set of source tiles from another, without reading all of it."""
+    return {
+        "tiles_csv_sha256": hashlib.sha256((folder / "tiles.csv").read_bytes()).hexdigest(),
+        "tiles_tar_bytes": (folder / "lung_tiles.tar").stat().st_size,
+    }
 
 
 def plan_slides(tiles: Sequence[Tile], num_slides: int, seed: int) -> list[SlidePlan]:
@@ -162,7 +172,7 @@ def draw_slide(plan: SlidePlan) -> tuple[np.ndarray, Drawn]:
 
 def build(tiles_folder: Path, out: Path, num_slides: int, seed: int, workers: int) -> dict[str, Any]:
     """Write the slides, slides.csv and mosaic.json; the latter appears last and lets a second run skip the drawing."""
-    wanted = {"slides": num_slides, "seed": seed}
+    wanted = {"slides": num_slides, "seed": seed, **source_of(tiles_folder)}
     done = out / "mosaic.json"
     if done.is_file():
         mosaic: dict[str, Any] = json.loads(done.read_text())
@@ -246,8 +256,6 @@ def main(words: Sequence[str] | None = None) -> None:
     mosaic = build(args.tiles, out, args.slides, args.seed, args.workers)
     if args.build_only:
         return
-    from gigamil.pipeline import run_pipeline  # here, so that building slides does not import PyTorch
-
     config = run_config(out, args.ranks, args.tile_px, args.epochs)
     result = run_pipeline(config)
     shards = ShardSet(config.bookkeeping.shard_root)

@@ -1,11 +1,11 @@
 """How does the memory of an exact step grow with the slide?
 
-Expected: with replay a tile costs its embedding, the embedding's gradient, what the head saves of it and its place in the
-index; a few hundred bytes, where one graph over the bag costs a whole forward's activations. So a slide of 200,000
-tiles fits on a laptop, and its tiles need not: they are made when a chunk is encoded and forgotten after it.
+Expected: with replay a tile costs its embedding, the embedding's gradient, what the head saves of it and its place in
+the index; a few hundred bytes, where one graph over the bag costs a whole forward's activations. So a slide of
+200,000 tiles fits on a laptop, and its tiles need not: they are made when a chunk is encoded and forgotten after it.
 
-Peak resident memory of a fresh process per row. Tiles are 32 x 32, the encoder is `small_cnn`, the head gated attention,
-in float32 on one rank with one thread. The formula per tile, in bytes:
+Peak resident memory of a fresh process per row. Tiles are 32 x 32, the encoder is `small_cnn`, the head gated
+attention, in float32 on one rank with one thread. The formula per tile, in bytes:
 
     embedding       4 D
     its gradient    4 D
@@ -14,8 +14,10 @@ in float32 on one rank with one thread. The formula per tile, in bytes:
 
 The slope is taken between the largest N and a quarter of it, so that what does not depend on N (the interpreter, one
 chunk's graph) cancels. glibc is told to take buffers of 128 KiB and more from the kernel and give them back at once
-(MALLOC_MMAP_THRESHOLD_): that is where it starts by itself, but its limit moves with what was freed, and buffers that grow
-with N then at first fill holes that chunks left, which moved the slope by 6 % from run to run.
+(MALLOC_MMAP_THRESHOLD_): that is where it starts by itself, but its limit moves with what was freed, and buffers that
+grow with N then at first fill holes that chunks left, which moved the slope by 6 % from run to run.
+
+Before the rows, the gradient of replay is compared with that of naive, on 100 stored tiles in chunks of 64.
 
     python benchmarks/memory.py [--largest 200000] [--out FILE]
 
@@ -23,18 +25,20 @@ The last line is JSON: slope_over_formula, largest_n, and the parts.
 """
 
 import argparse
+import copy
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from gradients import checked, recorded
+from origin import origin
 from torch import Tensor
 
 from gigamil.config.schema import Encoder
@@ -57,6 +61,8 @@ TIMEOUT_S = 1200
 SIZES = (32, 1024, 4096)  # and a quarter, a half and all of the largest
 MMAP_BYTES = 2**17  # where glibc starts, too
 NAIVE_UP_TO = 4096  # more would only show the same line
+
+Read = Callable[[str, int, int], Tensor]  # slide, first tile, last but one -> uint8 (n, H, W, 3)
 
 
 @dataclass(frozen=True)
@@ -99,6 +105,8 @@ def main(words: Sequence[str] | None = None) -> int:
         print(json.dumps(asdict(measure(arm, num_tiles, arguments.chunk, arguments.width, arguments.hidden))))
         return 0
 
+    error = check(arguments.width, arguments.hidden)
+    print(f"gradient of replay against naive: {error:.1e}\n")
     largest = arguments.largest
     sizes = sorted({*SIZES, largest // 4, largest // 2, largest})
     print("arm             N  peak MiB above MiB  above B/tile  seconds")
@@ -123,8 +131,8 @@ def main(words: Sequence[str] | None = None) -> int:
     }
     if arguments.out is not None:
         settings = {name: getattr(arguments, name) for name in ("largest", "chunk", "width", "hidden")}
-        about = {"python": platform.python_version(), "torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
-        raw = {"settings": settings | {"tile_px": TILE_PX}, "machine": about, "result": result}
+        about = origin(__file__, words, torch=torch.__version__)
+        raw = about | {"settings": settings | {"tile_px": TILE_PX}, "gradient_error": error, "result": result}
         arguments.out.write_text(json.dumps(raw | {"rows": [asdict(row) for row in rows]}, indent=1) + "\n")
     print(json.dumps(result))
     return 0
@@ -137,6 +145,35 @@ def _fresh(arm: str, num_tiles: int, arguments: argparse.Namespace) -> Row:
     env = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(MMAP_BYTES)}
     done = subprocess.run(command, env=env, timeout=TIMEOUT_S, check=True, stdout=subprocess.PIPE, text=True)
     return Row(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def check(width: int, hidden: int, num_tiles: int = 100, chunk: int = 64) -> float:
+    """Error of replay's gradient against naive's, in float32 on one model and the same stored tiles.
+
+    Raises:
+        SystemExit: more than rounding.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = make_model(width, hidden)
+    # Each tile has a colour of its own: embeddings of pure noise are all but equal, and their gradient cancels.
+    generator = torch.Generator().manual_seed(0)
+    colour_N113 = torch.randint(40, 216, (num_tiles, 1, 1, 3), generator=generator)
+    noise_NHW3 = torch.randint(-40, 40, (num_tiles, TILE_PX, TILE_PX, 3), generator=generator)
+    image_NHW3 = (colour_N113 + noise_NHW3).to(torch.uint8)
+
+    def stored(slide_id: str, start: int, stop: int) -> Tensor:
+        return image_NHW3[start:stop]
+
+    gradients = []
+    for run in (naive, replay):
+        own = copy.deepcopy(model)  # a step changes it
+        optimizer = torch.optim.SGD(own.parameters(), lr=1e-3)
+        with recorded(own, optimizer) as found:
+            run(own, optimizer, num_tiles, chunk, stored)
+        gradients.append(found)
+    truth, found = gradients
+    return checked("replay", found, truth)
 
 
 def measure(arm: str, num_tiles: int, chunk: int, width: int, hidden: int) -> Row:
@@ -163,10 +200,12 @@ def draw_tiles(slide_id: str, start: int, stop: int) -> Tensor:
     return torch.randint(0, 256, (stop - start, TILE_PX, TILE_PX, 3), dtype=torch.uint8, generator=generator)
 
 
-def replay(model: SlideModel, optimizer: torch.optim.Optimizer, num_tiles: int, chunk: int) -> None:
+def replay(
+    model: SlideModel, optimizer: torch.optim.Optimizer, num_tiles: int, chunk: int, read: Read = draw_tiles
+) -> None:
     """The step that training runs, nothing kept."""
     tiles = StepTiles(
-        StoredImages([("slide", 0, num_tiles)], TILE_PX, draw_tiles),
+        StoredImages([("slide", 0, num_tiles)], TILE_PX, read),
         torch.zeros(num_tiles, dtype=torch.int64),
         torch.arange(num_tiles),
         torch.zeros(num_tiles, 2, dtype=torch.float64),
@@ -181,9 +220,11 @@ def replay(model: SlideModel, optimizer: torch.optim.Optimizer, num_tiles: int, 
     assert not result.skipped, result
 
 
-def naive(model: SlideModel, optimizer: torch.optim.Optimizer, num_tiles: int, chunk: int) -> None:
+def naive(
+    model: SlideModel, optimizer: torch.optim.Optimizer, num_tiles: int, chunk: int, read: Read = draw_tiles
+) -> None:
     """The whole bag in one graph."""
-    embedding_ND = model.encode(to_float(draw_tiles("slide", 0, num_tiles)), None)
+    embedding_ND = model.encode(to_float(read("slide", 0, num_tiles)), None)
     bag = Bag(embedding_ND, torch.zeros(num_tiles, 2, dtype=torch.float64), (num_tiles,), LocalPool(num_tiles))
     cross_entropy(model.classify(bag)[0], torch.ones(1, dtype=torch.int64)).mean().backward()
     optimizer.step()

@@ -14,23 +14,23 @@ Arms, each written here from the papers' description, with the same tiles, model
     EAGLE        Campanella et al. 2024, arXiv:2403.04865: features gathered on rank 0, which has the head; 2 ranks
     gigamil      `gigamil.train.step.ExactStep`: replay, half kept, keep (what `auto` does where all fits)
 
-A thin ResNet-18 (16 channels) on 96 x 96 tiles, gated attention of 256, float32, one thread a rank. Before any timing the
-gradient of each arm is compared with naive's, in float64 on a few tiles and in float32 on all. Arms take turns, round after round; a ratio is the median over rounds of
-the ratio within a round. Figures are CPU time, which other load on the machine disturbs less than wall time; ranks are
-compared by wall time, which needs a core for each. glibc is told to keep freed memory (a large graph's page faults are
-the kernel's work, not the arm's), so the script starts itself again with MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=-1.
+A thin ResNet-18 (16 channels) on 96 x 96 tiles, gated attention of 256, float32, one thread a rank. Before any timing
+the gradient of each arm is compared with naive's, in float64 on a few tiles and in float32 on all. Arms take turns,
+round after round; a ratio is the median over rounds of the ratio within a round. Figures are CPU time, which other
+load on the machine disturbs less than wall time; ranks are compared by wall time, which needs a core for each. glibc
+is told to keep freed memory (a large graph's page faults are the kernel's work, not the arm's), so the script starts
+itself again with MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=-1.
 
     python benchmarks/step_cost.py [--quick] [--out FILE]
 
-The last line is JSON: replay_over_naive, keep_over_naive and half_over_replay (worst over N), accumulation_over_gigamil
-(ABMIL-ACC at chunk 16 over replay at gigamil's chunk, largest N), gather_over_gigamil (EAGLE over gigamil, 2 ranks, wall
-time), and where the time of replay goes.
+The last line is JSON: replay_over_naive, keep_over_naive and half_over_replay (worst over N),
+accumulation_over_gigamil (ABMIL-ACC at chunk 16 over replay at gigamil's chunk, largest N), gather_over_gigamil
+(EAGLE over gigamil, 2 ranks, wall time), and where the time of replay goes.
 """
 
 import argparse
 import json
 import os
-import platform
 import resource
 import statistics
 import sys
@@ -44,6 +44,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from gradients import Gradients, checked, recorded
+from origin import origin
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock
@@ -59,18 +61,14 @@ from gigamil.models.slide_model import SlideModel
 from gigamil.parallel.topology import Topology
 from gigamil.partition.schedule import plan_steps
 from gigamil.partition.spans import owned_range
-from gigamil.testing.compare import gradient_error
 from gigamil.testing.ranks import run_on_ranks
 from gigamil.train.loss import cross_entropy
 from gigamil.train.plain import PlainEngine
 from gigamil.train.step import ExactStep, Ranks
 
 KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1"}
-BOUND = 1e-4  # float32: the arms add up the same numbers in another order
 BOUND_FLOAT64 = 1e-12
 RANKS = 2
-
-Gradients = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -144,16 +142,8 @@ class Problem:
     @contextmanager
     def recorded(self) -> Iterator[None]:
         """Keep a copy of the gradients that the optimiser is given."""
-
-        def record(*_: object) -> None:
-            named = self.model.named_parameters()
-            self.gradients = {name: p.grad.clone() for name, p in named if p.grad is not None}
-
-        handle = self.optimizer.register_step_pre_hook(record)
-        try:
+        with recorded(self.model, self.optimizer) as self.gradients:
             yield
-        finally:
-            handle.remove()
 
 
 def make_model(width: int, hidden: int) -> SlideModel:
@@ -258,7 +248,7 @@ Arm = Callable[[Problem, int], None]
 
 
 def arms(num_tiles: int, chunk: int, small: int) -> dict[str, tuple[Arm, int]]:
-    """Name -> arm and its chunk. Half of the chunks can be kept where there are two, so half may need a replay beside it."""
+    """Name -> arm and its chunk. Half can be kept where there are two chunks, so half may need a replay beside it."""
     two = min(chunk, max(1, num_tiles // 2))
     beside: dict[str, tuple[Arm, int]] = {"replay beside half": (partial(gigamil, kept=0.0), two)}
     return {
@@ -337,14 +327,6 @@ def check_in_float64(sizes: Sizes) -> float:
         truth = truth or problem.gradients
         errors.append(checked(name, problem.gradients, truth, BOUND_FLOAT64))
     return max(errors)
-
-
-def checked(name: str, found: Gradients, truth: Gradients, bound: float = BOUND) -> float:
-    """Error of the gradient, if it is rounding."""
-    error = gradient_error(found, truth)
-    if not error <= bound:
-        raise SystemExit(f"{name}: its gradient is {error:.1e} off, so its time means nothing")
-    return error
 
 
 def user_time() -> float:
@@ -523,22 +505,6 @@ def print_table(figures: Mapping[str, Figure]) -> None:
         )
 
 
-def machine() -> dict[str, object]:
-    """What the figures were taken on."""
-    name = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").is_file():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
-    return {
-        "cpu": name,
-        "cores": os.cpu_count(),
-        "load": [round(load, 2) for load in os.getloadavg()],
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
 def main(words: Sequence[str] | None = None) -> int:
     """Measure, print, return 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -577,8 +543,7 @@ def main(words: Sequence[str] | None = None) -> int:
     result["breakdown"] = breakdown(max(sizes.num_tiles), chunk, sizes)
     if arguments.out is not None:
         raw = {
-            "command": "python benchmarks/step_cost.py " + " ".join(sys.argv[1:] if words is None else words),
-            "machine": machine(),
+            **origin(__file__, words, load=[round(load, 2) for load in os.getloadavg()], torch=torch.__version__),
             "sizes": vars(sizes),
             "result": result,
             "arms": [vars(figure) for figures in by_size.values() for figure in figures.values()],

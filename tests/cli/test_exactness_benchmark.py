@@ -3,10 +3,13 @@
 import importlib.util
 import json
 import math
+import os
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 
+import psutil
 import pytest
 
 from gigamil.testing.exactness import SHAPES, Errors, built_in_aggregators
@@ -39,10 +42,12 @@ def test_every_aggregator_on_one_rank(exactness: ModuleType, capsys: pytest.Capt
     assert exactness.main(["--all", "--ranks", "1", "--zero", "2"]) == 0
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert list(summary) == [
-        "aggregators", "cases", "worst_fp64", "worst_fp64_pinv", "worst_deepspeed", "worst_bf16", "failed"
+        "aggregators", "cases", "worst_fp64", "worst_fp64_pinv", "worst_deepspeed", "worst_deepspeed_pinv",
+        "worst_bf16", "failed",
     ]  # fmt: skip
     assert (summary["aggregators"], summary["failed"]) == (len(built_in_aggregators()), 0)
     assert summary["worst_fp64"] <= 1e-12 < summary["worst_deepspeed"] < summary["worst_bf16"] <= 2**-8
+    assert summary["worst_deepspeed_pinv"] > 0
 
 
 @pytest.mark.parametrize("ranks", [1, 4])
@@ -76,9 +81,49 @@ def test_cases_over_their_bound_are_counted_and_the_exit_code_says_so(
         "worst_fp64": 2e-15,
         "worst_fp64_pinv": None,
         "worst_deepspeed": 3e-4,
+        "worst_deepspeed_pinv": None,
         "worst_bf16": None,
         "failed": 2,
     }
+
+
+def test_errors_of_transmil_through_the_engine_are_reported_apart(
+    exactness: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(ranks: int, zero: int | None, everything: bool) -> object:
+        if zero is None:
+            return []
+        wanted = [case for case in exactness.wanted_cases(ranks, zero, everything) if not case.bfloat16]
+        errors = [Errors(0.0, 9e-6 if case.aggregator == "transmil" else 2e-6, 0.0) for case in wanted]
+        return exactness.summarised(ranks, zero, wanted, [errors], 1.0)
+
+    monkeypatch.setattr(exactness, "_compare", measured)
+    assert exactness.main(["--all", "--ranks", "1", "--zero", "0"]) == 0
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (summary["worst_deepspeed"], summary["worst_deepspeed_pinv"]) == (2e-6, 9e-6)
+
+
+RANK = "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(100)"
+LAUNCHER = "import subprocess, sys; sys.exit(subprocess.call([sys.executable, '-c', sys.argv[1], sys.argv[2]]))"
+
+
+def test_ranks_that_hang_are_ended_with_their_launcher(
+    exactness: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pid = tmp_path / "pid"
+    assert exactness.launched([sys.executable, "-c", LAUNCHER, RANK, str(pid)], os.environ, 3.0) is None
+    deadline = time.monotonic() + 10
+    while psutil.pid_exists(int(pid.read_text())) and time.monotonic() < deadline:
+        time.sleep(0.05)  # a killed orphan is there until init has taken note of it
+    assert not psutil.pid_exists(int(pid.read_text()))
+
+    monkeypatch.setattr(exactness, "launched", lambda *words: None)
+    with pytest.raises(SystemExit, match=r"2 ranks, ZeRO None: not done after 1200 s, 0 answered; they were ended"):
+        exactness.main(["--ranks", "2", "--zero", "1"])
+
+
+def test_a_launcher_that_fails_says_so(exactness: ModuleType) -> None:
+    assert exactness.launched([sys.executable, "-c", "raise SystemExit(3)"], os.environ, 60.0) == 3
 
 
 @pytest.mark.parametrize("place", range(3))

@@ -1,13 +1,16 @@
 """The GPU benchmark runs on a CPU without a figure; its roof is the formula's."""
 
 import json
+import weakref
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from benchmarks import gpu_step
-from benchmarks.gpu_step import Outcome, Problem, count, draw, roof
+from benchmarks.gpu_step import SMOKE, Outcome, Problem, count, draw, roof
 
 
 def test_smoke_run_claims_nothing(capsys: pytest.CaptureFixture[str]) -> None:
@@ -15,7 +18,44 @@ def test_smoke_run_claims_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["smoke"] is True
     assert result["figures"] is None
-    assert all(error < gpu_step.BOUND for error in result["gradient_errors"].values())
+    for errors in result["gradient_errors"].values():
+        assert all(errors[name] < gpu_step.BOUND for name in ("replay", "keep", "part"))
+        assert all(errors[f"bfloat16 {name}"] < gpu_step.BOUND_BFLOAT16 for name in ("replay", "keep", "part"))
+        assert errors["bfloat16 to float32"] > gpu_step.BOUND
+
+
+@pytest.mark.parametrize(
+    ("engine", "message"), [("PlainEngine", "resnet18, replay"), ("AutocastEngine", "resnet18, bfloat16 replay")]
+)
+def test_a_wrong_gradient_is_refused(engine: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Wrong(getattr(gpu_step, engine)):  # type: ignore[misc]
+        def backward(self, scalar: torch.Tensor) -> None:
+            super().backward(1.01 * scalar)
+
+    monkeypatch.setattr(gpu_step, engine, Wrong)
+    with pytest.raises(SystemExit, match=f"{message}: its gradient is .* off"):
+        gpu_step.check(SMOKE.encoders[0], SMOKE, torch.device("cpu"))
+
+
+def test_peaks_are_taken_while_there_is_one_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: weakref.WeakSet[Problem] = weakref.WeakSet()
+    counts: list[int] = []
+    right = gpu_step.peak_of
+
+    class Counted(Problem):
+        def __init__(self, *words: Any, **named: Any) -> None:
+            super().__init__(*words, **named)
+            alive.add(self)
+
+    def peak_of(function: Callable[[], object], device: torch.device) -> int:
+        counts.append(len(alive))
+        return right(function, device)
+
+    monkeypatch.setattr(gpu_step, "Problem", Counted)
+    monkeypatch.setattr(gpu_step, "peak_of", peak_of)
+    gpu_step.measure(SMOKE.encoders[0], SMOKE, torch.device("cpu"), {})
+    assert counts == [1] * 5  # replay, keep, auto; two lengths
+    assert not alive  # no reference cycle keeps a model for the next encoder
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

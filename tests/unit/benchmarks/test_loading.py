@@ -16,6 +16,8 @@ def test_all_arms(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert result["loading_over_webdataset"] == min(result["over_webdataset_by_workers"].values())
     assert 0 <= result["data_wait_frac"] <= 1
     raw = json.loads((tmp_path / "out.json").read_text())
+    assert {"command", "commit"} <= raw.keys()
+    assert {"cpu", "platform", "torch", "webdataset", "date"} <= raw["machine"].keys()
     names = ["limit", "gigamil 0", "webdataset 0", "gigamil 1", "webdataset 1"]
     assert [arm["arm"] for arm in raw["arms"]] == names
     assert all(len(arm["cpu_s"]) == TINY.rounds and min(arm["cpu_s"]) > 0 for arm in raw["arms"])

@@ -85,7 +85,7 @@ def test_the_picture_shows_what_the_boxes_say(tiles: list[Tile]) -> None:
     assert negative_HW3[..., 0].min() > 160
 
 
-def test_slides_open_and_a_second_run_draws_nothing(
+def test_slides_open_and_a_second_run_draws_nothing_unless_tiles_differ(
     tiles: list[Tile], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(lung_mosaic, "NUM_CELLS", (14, 14))
@@ -119,6 +119,18 @@ def test_slides_open_and_a_second_run_draws_nothing(
     monkeypatch.setattr(lung_mosaic, "read_tiles", None)  # would fail if it were called
     lung_mosaic.main(words)
     assert "slides of an earlier run are used" in capsys.readouterr().out
+
+    def drawn_again(folder: Path) -> list[Tile]:
+        raise LookupError("drawn again")
+
+    monkeypatch.setattr(lung_mosaic, "read_tiles", drawn_again)
+    for name in ("tiles.csv", "lung_tiles.tar"):
+        kept = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(kept + b"\n")
+        with pytest.raises(LookupError, match="drawn again"):
+            lung_mosaic.main(words)
+        (tmp_path / name).write_bytes(kept)
+    lung_mosaic.main(words)
 
 
 def test_colour_alone_is_scored_on_held_out_slides_only() -> None:

@@ -17,14 +17,33 @@ def test_rows_and_slope(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(memory, "SIZES", (32,))
         assert memory.main(words) == 0
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("gradient of replay against naive: ")
+    result = json.loads(lines[-1])
     assert result["largest_n"] == 64
     assert "slope_over_formula" in result
-    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    raw = json.loads((tmp_path / "out.json").read_text())
+    assert raw["command"].startswith("python benchmarks/memory.py --largest 64 ")
+    assert {"commit", "settings", "machine"} <= raw.keys()
+    rows = raw["rows"]
     assert {(row["arm"], row["num_tiles"]) for row in rows} == {
         (a, n) for a in ("naive", "replay") for n in (16, 32, 64)
     }
     assert all(row["peak_bytes"] >= row["base_bytes"] > 0 for row in rows)
+
+
+def test_a_wrong_gradient_is_refused_before_anything_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert memory.check(4, 8) < 1e-4
+    right = memory.replay
+
+    def forgets_a_tile(*words: object) -> None:
+        model, optimizer, num_tiles, chunk, read = words
+        right(model, optimizer, num_tiles - 1, chunk, read)  # type: ignore[arg-type, operator]
+
+    monkeypatch.setattr(memory, "replay", forgets_a_tile)
+    monkeypatch.setattr(memory, "_fresh", None)  # would fail if it were called
+    with pytest.raises(SystemExit, match=r"replay: its gradient is .* off, so its figures mean nothing"):
+        memory.main(["--largest", "64", "--width", "4", "--hidden", "8"])
 
 
 def test_tiles_are_the_same_each_time() -> None:

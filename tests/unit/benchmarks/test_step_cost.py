@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from gradients import BOUND
 
 from benchmarks import step_cost
 from benchmarks.step_cost import TINY, Problem, checked, gigamil, idle_share, naive
@@ -27,7 +28,9 @@ def test_all_arms_and_two_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
     raw = json.loads((tmp_path / "out.json").read_text())
     assert [row["arm"] for row in raw["arms"]] == list(step_cost.arms(8, 4, 2))
-    assert all(row["error"] <= step_cost.BOUND and len(row["cpu_s"]) == TINY.rounds for row in raw["arms"])
+    assert all(row["error"] <= BOUND and len(row["cpu_s"]) == TINY.rounds for row in raw["arms"])
+    assert {"command", "commit"} <= raw.keys()
+    assert {"cpu", "cores", "load", "torch", "python", "date"} <= raw["machine"].keys()
     assert set(raw["ranks"]) == {"EAGLE", "gigamil keep", "gigamil replay"}
 
 
@@ -38,10 +41,12 @@ def test_a_wrong_gradient_is_refused() -> None:
     truth = problem.gradients
     with problem.recorded():
         gigamil(problem, 4, kept=0.5)
-    assert checked("gigamil", problem.gradients, truth) < step_cost.BOUND
+    assert checked("gigamil", problem.gradients, truth) < BOUND
     name = next(iter(truth))
     with pytest.raises(SystemExit, match=r"halved: its gradient is .* off"):
         checked("halved", problem.gradients | {name: truth[name] / 2}, truth)
+    with pytest.raises(SystemExit, match=r"no step: its gradient is nan off"):
+        checked("no step", {}, truth)
 
 
 def test_one_idle_rank_of_four_is_a_quarter() -> None:

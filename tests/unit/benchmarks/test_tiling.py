@@ -4,10 +4,13 @@ import json
 from pathlib import Path
 
 import numpy as np
+import openslide
 import pytest
 
 from benchmarks import tiling
 from benchmarks.tiling import TINY, Part
+from gigamil.testing.paint import synthetic_slide
+from gigamil.testing.tiff import write_pyramid_tiff
 
 
 def test_all_arms_on_a_tiny_pyramid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -18,7 +21,8 @@ def test_all_arms_on_a_tiny_pyramid(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert result["largest_grey_difference"] <= tiling.MAX_GREY_DIFFERENCE
     assert set(result["tiles_per_second"]) == {"raw_1", "raw_2", "resampled_1", "resampled_2"}
     kept = json.loads((tmp_path / "out.json").read_text())
-    assert set(kept["machine"]) >= {"cpu", "cores", "openslide", "simplejpeg", "pillow"}
+    assert set(kept["machine"]) >= {"cpu", "cores", "openslide", "simplejpeg", "pillow", "date"}
+    assert {"command", "commit"} <= kept.keys()
     assert all(len(row) == 1 + TINY.rounds for arms in kept["arms"].values() for row in arms.values())
 
 
@@ -35,6 +39,22 @@ def test_arms_whose_pixels_differ_are_refused(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(tiling, "limit", brighter)
     with pytest.raises(SystemExit, match="differ by up to .* grey levels, so their times mean nothing"):
         tiling.check_pixels(part, 256, [1.0])
+
+
+def test_the_plain_loop_resizes_a_slide_of_nearly_that_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """0.5 micron of 0.499: 224 pixels by rounding, but not the same work, nor the same pixels."""
+    path = tmp_path / "a.tiff"
+    write_pyramid_tiff(path, synthetic_slide(1, tumour=True, size_um=(511.0, 511.0), mpp=0.499).image_HW3, 0.499)
+    part = Part(path, 256, 256, 512)
+    with openslide.OpenSlide(path) as handle:
+        mpp = float(handle.properties["openslide.mpp-x"])
+        corners = [(x_um / mpp, y_um / mpp) for x_um, y_um in tiling.positions(part, mpp, 0.5)]
+        side = (tiling.OUTPUT_PX, tiling.OUTPUT_PX)
+        as_it_is = [np.asarray(handle.read_region((round(x), round(y)), 0, side).convert("RGB")) for x, y in corners]
+    assert tiling.check_pixels(part, 256, [0.5]) <= tiling.MAX_GREY_DIFFERENCE
+    monkeypatch.setattr(tiling, "loop_tiles", lambda *words: as_it_is)
+    with pytest.raises(SystemExit, match="differ by up to .* grey levels"):
+        tiling.check_pixels(part, 256, [0.5])
 
 
 def test_rows_of_the_pyramid_are_shared_without_a_rest(tmp_path: Path) -> None:
