@@ -76,7 +76,7 @@ def all_or_none(ranks: "Ranks", device: torch.device, *, first_rank_alone: bool 
 
 def _wait_for_first_rank(rank: int, store: dist.Store, longest_s: float = _LONGEST_WORK_S) -> None:
     """Rank 0 says in the store through which the ranks have met that it is done; the others look there until it has."""
-    key = f"gigamil/work/{next(_works)}"
+    key = f"gigamil/first_rank_done/{next(_works)}"
     if rank == 0:
         store.set(key, "done")
         return
