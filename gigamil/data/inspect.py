@@ -32,6 +32,7 @@ from gigamil.shards.job import SlideJob
 from gigamil.shards.write import discard
 from gigamil.slides.backend import shown
 from gigamil.slides.reader import SlideInfo
+from gigamil.units import format_bytes
 
 Made = TypeVar("Made")
 
@@ -85,7 +86,7 @@ class InspectedSlide:
 
     def cells(self) -> list[str]:
         """The row of a table, under `HEAD`."""
-        made = [f"{self.tiles:,}", size_text(self.bytes), self.way] if self.tiles else ["0", "", ""]
+        made = [f"{self.tiles:,}", format_bytes(self.bytes), self.way] if self.tiles else ["0", "", ""]
         return [self.slide_id, self.vendor, self.size_text, self.mpp_text, self.tissue_text, *made, self.problem]
 
 
@@ -141,7 +142,7 @@ class CohortInspection:
         if good:
             raw = sum(row.way == "raw" for row in self.good)
             cores = f"{self.num_workers} core" + ("s" if self.num_workers > 1 else "")
-            expected = f"{self.num_tiles:,} tiles, {size_text(self.bytes)}, {time_text(self.seconds)} on {cores}"
+            expected = f"{self.num_tiles:,} tiles, {format_bytes(self.bytes)}, {time_text(self.seconds)} on {cores}"
             lines.append(f"expected: {expected}; {raw} slides are copied, {good - raw} resampled")
             lines.append(f"measured on {sum(row.sampled for row in self.rows)} tiles of them, made and thrown away")
         if self.slides.extra_mpp:
@@ -337,15 +338,6 @@ def _bars(values: Sequence[float]) -> list[str]:
     width = max(len(name) for name, _ in bars)
     scale = min(1.0, BAR_LETTERS / max(count for _, count in bars))
     return [f"  {name:>{width}}  {count:>6}  {'#' * math.ceil(count * scale)}".rstrip() for name, count in bars]
-
-
-def size_text(num_bytes: float) -> str:
-    """Bytes in the unit that suits them: 2.1 MB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if num_bytes < 1000:
-            return f"{num_bytes:.3g} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:,.3g} TB" if num_bytes < 1000 else f"{num_bytes:,.0f} TB"
 
 
 def time_text(seconds: float) -> str:

@@ -4,10 +4,11 @@ import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from gigamil.data.inspect import HEAD, CohortInspection, InspectedSlide, histogram, size_text, time_text
+from gigamil.data.inspect import HEAD, CohortInspection, InspectedSlide, histogram, time_text
 from gigamil.evaluate.html import Html, image, page, table, tag
 from gigamil.evaluate.style import PALETTE, drawing
 from gigamil.files import replace_file
+from gigamil.units import format_bytes
 
 
 def write_cohort_page(path: Path, inspection: CohortInspection) -> None:
@@ -40,7 +41,7 @@ def _facts(inspection: CohortInspection) -> Html:
         "with a problem": f"{num_bad:,}",
         "tiles expected": f"{inspection.num_tiles:,}",
         "tissue": f"{sum(inspection.values['tissue mm2']):,.1f} mm2",
-        "storage expected": size_text(inspection.bytes),
+        "storage expected": format_bytes(inspection.bytes),
         "time expected": f"{time_text(inspection.seconds)} on {inspection.num_workers} cores",
     }
     return tag("dl", *(tag("div", tag("dt", name), tag("dd", value)) for name, value in facts.items()), class_="facts")

@@ -43,6 +43,7 @@ from gigamil.partition.spans import owned_range
 from gigamil.train.cohort import load_training_data
 from gigamil.train.engine import deepspeed_config, make_optimizer
 from gigamil.train.step import FEATURE_ROWS
+from gigamil.units import format_bytes
 
 # Resident memory of a rank that is no tensor: code that oneDNN makes, thread buffers, indices, Python's objects.
 # Measured with an encoder of 60 kB (tests/engine/test_plan.py), whose tensors are next to nothing.
@@ -269,15 +270,6 @@ def parse_bytes(text: str) -> int:
         return int(float(found[1]) * _UNITS[found[2]])
     except (AssertionError, KeyError, ValueError):
         raise ConfigError(f"'{text}' is no size of memory; write for example 80GB, 512MiB or bytes") from None
-
-
-def format_bytes(number: float) -> str:
-    """Bytes for people: 1.3 GB."""
-    for unit in ("B", "kB", "MB"):
-        if number < 999.5:
-            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.3g} {unit}"
-        number /= 1000
-    return f"{number:.3g} GB" if number < 999.5 else f"{number:.0f} GB"
 
 
 def _table(rows: Sequence[Row]) -> list[str]:
