@@ -35,6 +35,7 @@ from gigamil.testing.exactness import (
     plain_engine,
     reference,
 )
+from gigamil.testing.memory import NoMemoryInBackward
 from gigamil.testing.ranks import run_on_ranks
 from gigamil.train.engine import skip_kernel_build
 from gigamil.train.step import StepResult, fit_chunk
@@ -69,20 +70,8 @@ class SmallDevice(SmallCNN):
             if self.place == ("replay" if torch.is_grad_enabled() else "first pass"):
                 raise torch.OutOfMemoryError("injected")
             if self.place == "backward" and torch.is_grad_enabled():
-                values = BreaksInBackward.apply(values)
+                values = NoMemoryInBackward.apply(values)
         return self.dropout(second(values).mean(dim=(2, 3)), tile_key_n)
-
-
-class BreaksInBackward(torch.autograd.Function):
-    """Identity; its backward has no memory."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor) -> Tensor:
-        return values.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        raise torch.OutOfMemoryError("injected")
 
 
 @pytest.fixture(scope="module")

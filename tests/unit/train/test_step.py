@@ -1,7 +1,6 @@
 """One process of the exact step: what it reports, what it leaves alone, and how it predicts. (Ranks: tests/distributed.)"""
 
 import math
-from typing import Any
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from gigamil.errors import TrainingError
 from gigamil.parallel.topology import Topology
 from gigamil.partition.schedule import StepPlan, plan_steps
 from gigamil.testing.exactness import Case, make_case_model, make_case_tiles, own_tiles, slide_names
+from gigamil.testing.memory import NoMemoryInBackward
 from gigamil.train.loss import cross_entropy
 from gigamil.train.plain import PlainEngine
 from gigamil.train.step import ExactStep, Ranks, fit_chunk, measure_chunk_bytes
@@ -160,24 +160,12 @@ def shrink_the_device(step: ExactStep, limit: int) -> list[int]:
     return sizes
 
 
-class NoRoom(torch.autograd.Function):
-    """Identity; its backward has no memory."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor) -> Tensor:
-        return values.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        raise torch.OutOfMemoryError("injected")
-
-
 @pytest.mark.parametrize("chunk", [1, 2])
 def test_kept_graphs_are_given_up_before_calls_become_smaller(chunk: int) -> None:
     plan, tiles, label_S, weight_S = make_input()
     small, large = make_step(9, chunk=chunk), make_step(9, chunk=chunk)
     small.engine.module.encoder.backbone.register_forward_hook(
-        lambda _module, _args, output: NoRoom.apply(output) if small.num_keep else output
+        lambda _module, _args, output: NoMemoryInBackward.apply(output) if small.num_keep else output
     )
     for step in (small, large):
         step.train(plan, tiles, label_S, weight_S, step=0, learning_rates=[0.1, 0.1])
