@@ -41,6 +41,7 @@ import numpy as np
 import simplejpeg
 import torch
 import webdataset
+from options import add_sizes
 from origin import origin
 from torch import Tensor
 
@@ -108,12 +109,10 @@ class Figure:
 def main(words: Sequence[str] | None = None) -> int:
     """Measure, print, return 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    size = parser.add_mutually_exclusive_group()
-    size.add_argument("--quick", action="store_const", dest="sizes", const=QUICK, help="fewer tiles and rounds")
-    size.add_argument("--tiny", action="store_const", dest="sizes", const=TINY, help="for tests: figures mean nothing")
+    add_sizes(parser, Sizes(), QUICK, TINY, "fewer tiles and rounds")
     parser.add_argument("--out", type=Path, help="JSON with every round")
     arguments = parser.parse_args(words)
-    sizes: Sizes = arguments.sizes or Sizes()
+    sizes: Sizes = arguments.sizes
     torch.set_num_threads(1)
 
     with tempfile.TemporaryDirectory() as folder:

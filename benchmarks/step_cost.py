@@ -45,6 +45,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from gradients import Gradients, checked, recorded
+from options import add_sizes
 from origin import origin
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -508,15 +509,13 @@ def print_table(figures: Mapping[str, Figure]) -> None:
 def main(words: Sequence[str] | None = None) -> int:
     """Measure, print, return 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    size = parser.add_mutually_exclusive_group()
-    size.add_argument("--quick", action="store_const", dest="sizes", const=QUICK, help="two N, three rounds")
-    size.add_argument("--tiny", action="store_const", dest="sizes", const=TINY, help="for tests: figures mean nothing")
+    add_sizes(parser, Sizes(), QUICK, TINY, "two N, three rounds")
     parser.add_argument("--rounds", type=int, help="of all arms in turn")
     parser.add_argument("--chunk", type=int, help="gigamil's; default: the fastest for each N up to 512, measured")
     parser.add_argument("--skip-ranks", action="store_true", help="one process only")
     parser.add_argument("--out", type=Path, help="JSON with every round")
     arguments = parser.parse_args(words)
-    sizes: Sizes = arguments.sizes or Sizes()
+    sizes: Sizes = arguments.sizes
     if arguments.rounds:
         sizes = Sizes(**vars(sizes) | {"rounds": arguments.rounds})
     torch.set_num_threads(1)

@@ -48,6 +48,7 @@ import numpy as np
 import openslide
 import psutil
 import simplejpeg
+from options import add_sizes
 from origin import origin
 from PIL import Image
 
@@ -417,11 +418,10 @@ def real_slide() -> Path | None:
 def main(words: Sequence[str] | None = None) -> int:
     """Compare, print, return 0."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="smaller, fewer rounds")
-    parser.add_argument("--tiny", action="store_true", help="as the test runs it: the figures mean nothing")
+    add_sizes(parser, Sizes(), QUICK, TINY, "smaller, fewer rounds")
     parser.add_argument("--out", type=Path, help="write the raw figures, as JSON")
     arguments = parser.parse_args(words)
-    sizes = TINY if arguments.tiny else QUICK if arguments.quick else Sizes()
+    sizes: Sizes = arguments.sizes
     scales = (0.5, 1.0)
     found: dict[str, dict[str, float]] = {}
     raw_figures: dict[str, dict[str, list[float]]] = {}
