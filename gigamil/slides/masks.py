@@ -200,6 +200,8 @@ def _rings(path: Path, rings: Any) -> Polygon:
         polygon = [np.array(ring, dtype=np.float64)[:, :2] for ring in rings]
     except (TypeError, ValueError, IndexError, OverflowError) as error:
         _refuse(path, "a polygon is not a list of rings of points", "Export it again", error)
+    if any(ring.ndim != 2 for ring in polygon):
+        _refuse(path, "a polygon's coordinates are nested too deep: those of a MultiPolygon?", "Export it again")
     if not polygon or any(ring.shape[0] < 3 or ring.shape[1] != 2 or not np.isfinite(ring).all() for ring in polygon):
         _refuse(path, "a ring has fewer than three points, or one that is not finite", "Export it again")
     return polygon

@@ -31,7 +31,7 @@ PAGE_NAME, INDEX_NAME = "page-{:03d}.jpg", "index.html"
 def draw_overview(thumbnail_HW3: np.ndarray, mask: TissueMask, grid: TileGrid, chosen: np.ndarray) -> Image.Image:
     """Draw a slide with the outline of its tissue (vermillion) and the tiles that were chosen (blue).
 
-    Tiles get frames, or where these would be closer than a few pixels, a tint.
+    Tiles get frames; a tint where the grid's cells are closer than a few pixels, as those of a `PointGrid` are.
 
     Args:
         thumbnail_HW3: uint8, the slide on the pixels of the mask.

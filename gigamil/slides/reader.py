@@ -42,8 +42,8 @@ TILED_VENDORS = ("aperio", "generic-tiff")
 # Tiles of a level that are compared with OpenSlide before the level is read without it.
 NUM_CHECKED = 3
 MAX_GREY_DIFFERENCE = 2
-# Position of a tile in OpenSlide's own level coordinates, off by more than this, would blur the comparison.
-MAX_CHECK_SHIFT = 0.02
+# Off by more than this in OpenSlide's own level coordinates, on both axes, a sharp edge alone would differ by more grey.
+MAX_CHECK_SHIFT = MAX_GREY_DIFFERENCE / (2 * 255)
 # Rounding of micron to pixels; a thousandth of a grey level at the steepest edge.
 EXACT_PX = 1e-6
 OPENSLIDE_CACHE_BYTES = 64 << 20

@@ -77,7 +77,7 @@ def write_pyramid_tiff(
         quality: of JPEG, 1 to 100.
         levels: number of pyramid levels; each halves the one before.
         subsampling: "444", "422" or "420": colour at full, half (along x) or quarter resolution.
-        rgb: components are red, green and blue as they are, not YCbCr; as many SVS files have it.
+        rgb: components are red, green and blue as they are, not YCbCr, at full resolution; as many SVS files have it.
         shared_tables: quantisation and Huffman tables once per level, not in each tile.
         big: BigTIFF, with offsets of 8 bytes.
         description: ImageDescription of level 0; "Aperio ...|MPP = 0.5" makes an SVS for OpenSlide.
@@ -88,7 +88,7 @@ def write_pyramid_tiff(
         ValueError: `repeat` of an image that is not whole tiles.
     Cost: one JPEG encoding of 4/3 of the image. The same input gives the same bytes.
     """
-    coding = _Coding(tile, quality, subsampling, rgb, shared_tables)
+    coding = _Coding(tile, quality, "444" if rgb else subsampling, rgb, shared_tables)
     flavour = BIG if big else CLASSIC
     if repeat != (1, 1) and any(side % (tile * 2 ** (levels - 1)) for side in image_HW3.shape[:2]):
         raise ValueError(f"an image of {image_HW3.shape[:2]} is not whole tiles of {tile} px on {levels} levels")
@@ -208,7 +208,7 @@ def _encoded(block_HW3: np.ndarray, coding: _Coding, streamtype: int) -> bytes:
         buffer,
         "JPEG",
         quality=coding.quality,
-        subsampling=0 if coding.rgb else {"444": 0, "422": 1, "420": 2}[coding.subsampling],
+        subsampling={"444": 0, "422": 1, "420": 2}[coding.subsampling],
         keep_rgb=coding.rgb,
         streamtype=streamtype,
     )

@@ -285,6 +285,7 @@ def test_a_mask_of_a_very_large_slide_is_read(tmp_path: Path, info: SlideInfo, m
         ('{"type": "FeatureCollection"}', "without its list"),
         ('{"type": "Polygon", "coordinates": []}', "a ring has fewer"),
         ('{"type": "Polygon", "coordinates": [[[1, 2], [3, 4]]]}', "fewer than three points"),
+        ('{"type": "Polygon", "coordinates": [[[[1, 2], [3, 4], [5, 2]]]]}', "nested too deep: those of a MultiPolygon"),
         ('{"type": "Polygon", "coordinates": [[[1, 2], [3, 4], [5]]]}', "not a list of rings"),
         ('{"type": "Polygon", "coordinates": [[[1, 2], [3, NaN], [5, 6]]]}', "not finite"),
         ('{"type": "Polygon", "coordinates": [[[1, 2], [3, 1e999], [5, 6]]]}', "not finite"),
