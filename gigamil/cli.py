@@ -133,7 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     features = verb("features", _features, "encode all tiles once with a frozen encoder, for data.source=features")
     features.add_argument("--to", type=Path, metavar="DIR", help="folder (data.features, or <out>/features)")
     features.add_argument(
-        "--kind", choices=("float32", "float16"), default="float32", help="of the numbers in the files (%(default)s)"
+        "--kind", choices=("float32", "float16"), help="of the numbers in the files (as in those there, else float32)"
     )
     coords = verb("export-coords", _export_coords, "positions of all tiles as HDF5, for TRIDENT or CLAM")
     coords.add_argument("--layout", choices=("trident", "clam"), required=True, help="of the files")
@@ -242,7 +242,7 @@ def _inspect_cohort(arguments: argparse.Namespace, paths: Sequence[Path], overri
         value = getattr(arguments, name)
         words += [] if value is None else [f"--{key}", str(value)]
     if kind == ".csv":
-        words = ["--cohort.table", str(paths[0]), "--cohort.patient_is_slide", "true", *words]
+        words = ["--cohort.table", json.dumps(str(paths[0])), "--cohort.patient_is_slide", "true", *words]
     config = load_config(paths[0] if kind in (".yaml", ".yml") else None, words)
     if kind in (".yaml", ".yml", ".csv"):
         rows = load_cohort(config.cohort, need_labels=False, need_files=False).rows
@@ -306,9 +306,15 @@ def _split_labels(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     from gigamil.config.schema import Columns
     from gigamil.data.cohort import load_labels
     from gigamil.data.folds import freeze_folds, make_folds
+    from gigamil.errors import ConfigError
 
     _refuse_options(arguments, ("limit", "print_config", "plugin"))
     cohort = load_config(None, words).cohort
+    if cohort.splits is not None:
+        raise ConfigError(
+            f"cohort.splits: folds are made of '{arguments.config}', so there is no split to take over. Give a configuration: "
+            "gigamil split CONFIG.yaml --cohort.splits FILE"
+        )
     usual = Columns()  # load_labels finds these itself, where there is none to choose
     chosen = {name: column for name, column in cohort.columns if column != getattr(usual, name)}
     for name, column in (

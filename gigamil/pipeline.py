@@ -12,7 +12,7 @@ import torch
 from gigamil.config.load import absolute_paths
 from gigamil.config.schema import RunConfig
 from gigamil.data.cohort import load_cohort
-from gigamil.data.features import FeatureSet
+from gigamil.data.features import FeatureSet, features_folder
 from gigamil.data.folds import freeze_folds, make_folds
 from gigamil.data.scan import slide_id_of
 from gigamil.data.split import (
@@ -29,7 +29,7 @@ from gigamil.data.split import (
 from gigamil.data.tile import TileReport, tile_cohort
 from gigamil.errors import CohortError, ConfigError, ShardError, SlideError
 from gigamil.evaluate.attention import Box, attention_path, write_attention
-from gigamil.evaluate.features import cache_features
+from gigamil.evaluate.features import cache_features, kind_of_features
 from gigamil.evaluate.heatmap import heatmap_run
 from gigamil.evaluate.picture import ReadTiles
 from gigamil.evaluate.predict import SlidePrediction, load_model, predict_slides
@@ -48,6 +48,7 @@ from gigamil.train.cohort import (
     load_training_data,
     open_source,
     open_tiles,
+    pictured_shards,
     tiled_slides,
 )
 from gigamil.train.identity import refuse_other_run, run_identity
@@ -76,7 +77,7 @@ def split_cohort(config: RunConfig, *, again: bool = False) -> Splits:
     path = config.bookkeeping.out / "splits.json"
     table = load_cohort(config.cohort, need_files=False)
     tiles = open_tiles(config, table)
-    shards = tiles if isinstance(tiles, ShardSet) else None  # features have neither files nor thumbnails
+    shards = pictured_shards(config, tiles)
     if path.is_file() and not again:
         frozen = load_splits(path, table, shards, config.cohort.near_duplicates)
         method = split_method(table, config.cohort, config.bookkeeping.limit)
@@ -316,7 +317,7 @@ def _heatmap_new(
     refuse_failures(tile_cohort(new, progress=config.bookkeeping.progress), 0)
     if config.data.source == "features":
         alone = config.execution.model_copy(update={"ranks": 1, "group_size": None})
-        cache_features(new.model_copy(update={"execution": alone}))
+        cache_features(new.model_copy(update={"execution": alone}), kind=kind_of_features(features_folder(config)))
     shards = open_tiles(new, load_cohort(cohort, need_labels=False))
     _refuse_other_encoder(data.shards, shards, names)
     paths = {name: path.resolve() for name, path in zip(names, files, strict=True)}

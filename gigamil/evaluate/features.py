@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ from gigamil.config.load import load_config, to_yaml
 from gigamil.config.schema import RunConfig
 from gigamil.data.augment import to_float
 from gigamil.data.features import features_folder, features_path
-from gigamil.data.h5 import Attribute, read_features_header, trident_attributes, write_features
+from gigamil.data.h5 import Attribute, read_features, read_features_header, trident_attributes, write_features
 from gigamil.data.images import ChunkFeed
 from gigamil.data.pipeline import StepLoader, StepTiles
 from gigamil.errors import GigamilError, Interrupted, ShardError, SlideError
@@ -84,7 +85,7 @@ class FeaturesReport:
 
 
 def cache_features(
-    config: RunConfig, folder: Path | None = None, *, kind: Kind = "float32", plugins: Sequence[str] = ()
+    config: RunConfig, folder: Path | None = None, *, kind: Kind | None = None, plugins: Sequence[str] = ()
 ) -> FeaturesReport:
     """Encode every tile of every tiled slide with the configured encoder, as it is, and write its features.
 
@@ -96,7 +97,8 @@ def cache_features(
         config: which tiles (`bookkeeping.shards`, or the slides themselves with `data.source: slides`), and
             `science.encoder`; its weights are those of `science.warm_start` if that is set. On `execution.ranks` processes.
         folder: for the files; default `data.features`, or `<out>/features`.
-        kind: of the numbers in the files. float16 halves their size and keeps 3 digits.
+        kind: of the numbers in the files; default that of the files there, else float32. float16 halves their size and
+            keeps 3 digits.
         plugins: modules that register encoders.
     Raises:
         ShardError: there are no tiles; or slides could not be encoded, which are listed: the others are done.
@@ -115,12 +117,18 @@ def cache_features(
         for leftover in folder.glob(".*.tmp"):  # of a killed run: nobody else writes here now
             leftover.unlink()
         before = _stamps(folder)
+        kind = kind_of_features(folder) if kind is None else kind
+        failures: list[str] = []
         if config.execution.ranks == 1:
             topology = Topology()
-            encode_share(config, folder, topology, kind, choose_device(config.execution.device, topology))
+            failures = encode_share(config, folder, topology, kind, choose_device(config.execution.device, topology))
         elif _unfinished(config, shards, folder, kind, _build(config)):  # starting ranks takes seconds
-            _launch(config, folder, kind, plugins)
+            failures = _launch(config, folder, kind, plugins)
         after = _stamps(folder)
+    if failures:
+        lines = "\n".join(f"  {line}" for line in failures)
+        number = len(shards.slide_ids)
+        raise ShardError(f"{len(failures)} of {number} slides could not be encoded; the others are done:\n{lines}")
     written = [slide_id for slide_id in shards.slide_ids if after[slide_id] != before.get(slide_id)]
     sizes = {slide_id: shards.manifest(slide_id).num_tiles for slide_id in shards.slide_ids}
     return FeaturesReport(
@@ -141,14 +149,15 @@ def encode_share(
     kind: Kind,
     device: torch.device,
     should_stop: Callable[[], bool] = lambda: False,
-) -> None:
+) -> list[str]:
     """Encode the slides of one rank; what is done already is skipped.
 
     Args:
         topology: rank r of W; ranks get about equal numbers of tiles.
         should_stop: asked between encoder calls.
+    Returns:
+        A line for each slide that could not be encoded. It is no error yet: other ranks are still at work.
     Raises:
-        ShardError: lists the slides that could not be encoded, after all others.
         Interrupted: `should_stop` said so; slides in work are not written.
     """
     shards = ShardSet(config.bookkeeping.shard_root, ShardCache.of(config.execution))
@@ -158,7 +167,7 @@ def encode_share(
     attributes = _unfinished(config, shards, folder, kind, encoder)
     todo = [slide_id for slide_id in _share(shards, topology) if slide_id in attributes]
     if not todo:
-        return
+        return []
     refuse_tile_mixing(encoder, config.slides.tile_px)
     set_batchnorm(encoder, config.execution)
     encoder.to(device)
@@ -185,9 +194,17 @@ def encode_share(
                 _log.warning("%s", failures[-1])
                 continue
             say(f"{slide_id:<40} {plan.sizes[0]:>8} tiles {time.perf_counter() - start:>7.1f} s")
-    if failures:
-        lines = "\n".join(f"  {line}" for line in failures)
-        raise ShardError(f"{len(failures)} of {len(todo)} slides could not be encoded; the others are done:\n{lines}")
+    return failures
+
+
+def kind_of_features(folder: Path) -> Kind:
+    """Kind of the numbers in the files of a folder; float32 where there are none."""
+    for path in sorted(folder.glob("*.h5")):
+        try:
+            return "float16" if read_features(path, 0, 0).features_ND.dtype == np.float16 else "float32"
+        except ShardError:  # damaged: it will be written anew
+            continue
+    return "float32"
 
 
 def _build(config: RunConfig) -> TileEncoder:
@@ -310,14 +327,18 @@ def _progress(
         yield bar.update, say
 
 
-def _launch(config: RunConfig, folder: Path, kind: Kind, plugins: Sequence[str]) -> None:
-    logs = config.bookkeeping.out / "logs"
-    path = logs / "features.yaml"
+def _launch(config: RunConfig, folder: Path, kind: Kind, plugins: Sequence[str]) -> list[str]:
+    """Encode on all ranks; lines of the slides that could not be encoded."""
+    path = config.bookkeeping.out / "logs" / "features.yaml"
     replace_file(path, to_yaml(config))
-    words = [str(path), "--to", str(folder), "--kind", kind]
-    for plugin in plugins:
-        words += ["--plugin", plugin]
-    launch_ranks("gigamil.evaluate.features", words, config.execution, logs)
+    with tempfile.TemporaryDirectory(prefix="gigamil-") as failed:
+        words = [str(path), "--to", str(folder), "--kind", kind, "--failed", failed]
+        for plugin in plugins:
+            words += ["--plugin", plugin]
+        continues = "with the slides that are left"
+        launch_ranks("gigamil.evaluate.features", words, config.execution, logs=None, continues=continues)
+        lists = [json.loads(part.read_text(encoding="utf-8")) for part in Path(failed).iterdir()]
+    return sorted(line for lines in lists for line in lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -326,6 +347,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("config", help="YAML of the run")
     parser.add_argument("--to", type=Path, required=True, help="folder of the features")
     parser.add_argument("--kind", choices=("float32", "float16"), default="float32")
+    parser.add_argument(
+        "--failed", type=Path, required=True, help="folder for a list of slides that could not be encoded"
+    )
     parser.add_argument("--plugin", action="append", default=[], help="module that registers your encoders")
     arguments = parser.parse_args(argv)
     restore_devices()
@@ -337,7 +361,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             import_plugins(arguments.plugin)
             device = choose_device(config.execution.device, topology)
             torch.set_num_threads(config.execution.threads or int(os.environ.get("OMP_NUM_THREADS", "1")))
-            encode_share(config, arguments.to, topology, arguments.kind, device, lambda: stop.asked)
+            failures = encode_share(config, arguments.to, topology, arguments.kind, device, lambda: stop.asked)
+            # An exit code here would stop the other ranks: the command that started them raises.
+            (arguments.failed / f"{topology.rank}.json").write_text(json.dumps(failures), encoding="utf-8")
     except GigamilError as error:
         return error.exit_code  # the command that started the ranks prints the message
     return 0

@@ -120,6 +120,8 @@ def _shards_of(attention: Attention, features: "FeatureSet", pictures: "ShardSet
     """Shards that hold the tiles of which a slide's features were made; None without any."""
     if pictures is None or attention.slide_id not in pictures.slide_ids:
         return None
+    if not pictures.manifest(attention.slide_id).stored:  # positions alone: there is no tile to show
+        return None
     manifest, index = features.manifest(attention.slide_id), pictures.index(attention.slide_id)
     # Features know the level-0 pixel that a tile starts at, shards the point.
     return pictures if _is_at(attention, index, within_um=max(manifest.mpp_x, manifest.mpp_y)) else None

@@ -1,7 +1,6 @@
 """`train_model`: the public call behind `gigamil train`."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from gigamil.config.load import to_yaml
 from gigamil.config.schema import RunConfig
@@ -36,5 +35,7 @@ def train_model(config: RunConfig, *, plugins: Sequence[str] = ()) -> dict[str, 
     words = [str(path)]
     for plugin in plugins:
         words += ["--plugin", plugin]
-    launch_ranks("gigamil.train.worker", words, config.execution, Path(out / "logs"))
+    launch_ranks(
+        "gigamil.train.worker", words, config.execution, logs=out / "logs", continues="from the last checkpoint"
+    )
     return RunRecord(out / "run.json").facts

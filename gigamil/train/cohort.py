@@ -13,7 +13,7 @@ from gigamil.data.features import FeatureSet, FeatureSource, open_features
 from gigamil.data.slide_source import SlideSource
 from gigamil.data.source import ShardSource, TileSource
 from gigamil.data.split import Splits, load_splits
-from gigamil.errors import CohortError
+from gigamil.errors import CohortError, ShardError
 from gigamil.shards.cache import ShardCache
 from gigamil.shards.read import ShardSet
 
@@ -80,9 +80,8 @@ def load_training_data(config: RunConfig) -> TrainingData:
     """
     table = load_cohort(config.cohort, need_files=config.data.source == "slides")
     shards = open_tiles(config, table)
-    pictures = shards if isinstance(shards, ShardSet) else None  # features have neither files nor thumbnails to compare
     path = config.bookkeeping.out / "splits.json"
-    splits = load_splits(path, table, pictures, config.cohort.near_duplicates)
+    splits = load_splits(path, table, pictured_shards(config, shards), config.cohort.near_duplicates)
     if not splits.train:
         raise CohortError(f"'{path}' has no slide to train on. Run `gigamil split`.")
     check_tiles(config, shards, splits.split_of())
@@ -98,6 +97,22 @@ def open_tiles(config: RunConfig, table: CohortTable) -> TiledSlides:
     if config.data.source == "features":
         return open_features(config, table)
     return ShardSet(config.bookkeeping.shard_root, ShardCache.of(config.execution))
+
+
+def pictured_shards(config: RunConfig, tiles: TiledSlides) -> ShardSet | None:
+    """What knows the slide files and their thumbnails, by which the sides of a split are compared.
+
+    Features have neither: those that were made here were made of shards, which know. None for features of others, and
+    where the shards have been deleted.
+    """
+    if isinstance(tiles, ShardSet):
+        return tiles
+    if config.data.features is not None:
+        return None
+    try:
+        return ShardSet(config.bookkeeping.shard_root)
+    except ShardError:
+        return None
 
 
 def tiled_slides(config: RunConfig, table: CohortTable) -> list[str]:

@@ -64,14 +64,17 @@ class RanksFailed(GigamilError, RuntimeError):
         self.exit_code = exit_code  # that of the rank's error: 5 is resumable, 6 failed, ...
 
 
-def launch_ranks(module: str, arguments: Sequence[str], execution: Execution, logs: Path) -> None:
+def launch_ranks(
+    module: str, arguments: Sequence[str], execution: Execution, *, logs: Path | None, continues: str
+) -> None:
     """Run `python -m module arguments` on `execution.ranks` ranks of this machine and wait for them.
 
     SIGINT and SIGTERM are passed on to the ranks, which finish their step; a second one ends them at once.
 
     Args:
         module: calls `report_outcome` around its work.
-        logs: where ranks write, for the message.
+        logs: where each rank writes `rank<i>.log`, for the message; None if tracebacks go to stderr only.
+        continues: how the same command goes on after an interruption: "from the last checkpoint".
     Raises:
         RanksFailed: with the message and the exit code of the rank that failed first.
     """
@@ -85,7 +88,7 @@ def launch_ranks(module: str, arguments: Sequence[str], execution: Execution, lo
         with _pass_signals_on(launcher, Path(folder)) as was_asked:
             code = launcher.wait()
         _end_group(launcher.pid)
-        _raise_first_error(Path(folder), execution.ranks, code, logs, was_asked())
+        _raise_first_error(Path(folder), execution.ranks, code, was_asked(), logs, continues)
 
 
 def restore_devices() -> None:
@@ -167,7 +170,9 @@ def _pass_signals_on(launcher: "subprocess.Popen[bytes]", folder: Path) -> Itera
             signal.signal(number, handler)
 
 
-def _raise_first_error(folder: Path, num_ranks: int, launcher_code: int, logs: Path, was_asked: bool) -> None:
+def _raise_first_error(
+    folder: Path, num_ranks: int, launcher_code: int, was_asked: bool, logs: Path | None, continues: str
+) -> None:
     outcomes = _outcomes(folder)
     silent = [rank for rank in range(num_ranks) if rank not in outcomes]
     failed = {rank: outcome for rank, outcome in outcomes.items() if outcome.exit_code}
@@ -175,14 +180,15 @@ def _raise_first_error(folder: Path, num_ranks: int, launcher_code: int, logs: P
     causes = {rank: outcome for rank, outcome in failed.items() if not any(w in outcome.message for w in _CONSEQUENCES)}
     if known or causes or (failed and not silent):
         rank, outcome = min((known or causes or failed).items(), key=lambda item: item[1].time)
-        hint = "" if outcome.expected else f" (rank {rank}; traceback in '{logs / f'rank{rank}.log'}')"
+        where = "above" if logs is None else f"in '{logs / f'rank{rank}.log'}'"
+        hint = "" if outcome.expected else f" (rank {rank}; traceback {where})"
         raise RanksFailed(outcome.message + hint, outcome.exit_code)
     if silent and was_asked:
-        raise RanksFailed("interrupted; the same command continues from the last checkpoint", _INTERRUPTED)
+        raise RanksFailed(f"interrupted; the same command continues {continues}", _INTERRUPTED)
     if silent:
         raise RanksFailed(
             f"rank {silent[0]} of {num_ranks} ended without a word (launcher's exit code {launcher_code}): killed, or out "
-            f"of memory? See '{logs}'. The same command continues from the last checkpoint.",
+            f"of memory? See {'above' if logs is None else repr(str(logs))}. The same command continues {continues}.",
             TrainingError.exit_code,
         )
 

@@ -88,6 +88,12 @@ class TestLabelTable:
     def test_options_of_a_run_are_refused(self, labels: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert "--limit: not for a file such as 'labels.csv'" in printed(capsys, "labels.csv", "--limit", "2", code=2)
 
+    def test_a_split_to_take_over_needs_a_run(self, labels: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert "cohort.splits: folds are made of 'labels.csv'" in printed(
+            capsys, "labels.csv", "--cohort.splits", "theirs.tsv", "--out", "folds", code=2
+        )
+        assert not labels.with_name("folds").exists()
+
     def test_too_many_folds(self, labels: Path, capsys: pytest.CaptureFixture[str]) -> None:
         text = printed(capsys, "labels.csv", "--folds", "11", "--by-site", code=2)
         assert "class 'x' is absent from test; the table has 20 patient(s) with it of 10 site(s)" in text

@@ -61,3 +61,10 @@ class TestGuideOfTheDemo:
         assert "experiment gigamil-demo at https://host.example" in guide
         assert "mlflow.db" not in guide
         assert "secret" not in guide
+
+
+def test_a_table_is_inspected_whatever_it_is_called(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a #2.csv", "[a].csv", "a: b.csv"):
+        (tmp_path / name).write_text("slide_id,path\nslide-of-it,gone.svs\n")
+        main(["inspect", str(tmp_path / name)])
+        assert "slide-of-it" in capsys.readouterr().out

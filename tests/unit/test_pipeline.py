@@ -77,7 +77,7 @@ def test_new_slides_get_no_features_of_another_encoder(
 
     write_as(tmp_path / "trained", "old", "ab" * 32)
     train_nothing(monkeypatch, FeatureSet(tmp_path / "trained", 16.0, {}))
-    monkeypatch.setattr(pipeline, "cache_features", lambda new: write_as(features_folder(new), "new", made_by))
+    monkeypatch.setattr(pipeline, "cache_features", lambda new, kind: write_as(features_folder(new), "new", made_by))
     drawn: list[Sequence[str]] = []
     monkeypatch.setattr(pipeline, "heatmap_run", lambda _folder, _shards, names, **_: drawn.append(names) or [])
     slide = write_slide(tmp_path / "new.tiff")

@@ -18,7 +18,7 @@ from gigamil.errors import Interrupted, ShardError
 from gigamil.evaluate import features as module
 from gigamil.evaluate import heatmap
 from gigamil.evaluate.attention import Attention, attention_path, write_attention
-from gigamil.evaluate.features import cache_features, encode_share
+from gigamil.evaluate.features import cache_features, encode_share, kind_of_features
 from gigamil.evaluate.predictions import FILE_NAME, Predictions, write_predictions
 from gigamil.lock import folder_lock
 from gigamil.models.encoder import SmallCNN, encoders
@@ -115,6 +115,31 @@ def test_a_damaged_slide_is_named_and_the_others_are_done(config: RunConfig) -> 
     assert len(list(folder.glob("*.h5"))) == len(SIZES) - 1
 
 
+def test_a_damaged_slide_of_one_rank_does_not_stop_another(config: RunConfig) -> None:
+    folder = config.bookkeeping.out / "features"
+    shutil.rmtree(folder)
+    tar = next(ShardSet(config.bookkeeping.shard_root).folder("s04").glob("*.tar"))
+    tar.write_bytes(tar.read_bytes()[:2000])
+    execution = config.execution.model_copy(update={"ranks": 2})
+    for _ in range(2):  # the second time one rank has nothing to do but the damaged slide
+        with pytest.raises(
+            ShardError, match=r"1 of 12 slides could not be encoded; the others are done:\n.*'s04': .*tar"
+        ):
+            cache_features(config.model_copy(update={"execution": execution}))
+        assert len(list(folder.glob("*.h5"))) == len(SIZES) - 1
+
+
+def test_the_kind_of_number_stays_that_of_the_files_there(config: RunConfig) -> None:
+    folder = config.bookkeeping.out / "features"
+    assert cache_features(config, kind="float16").num_written == len(SIZES)
+    (folder / "s00.h5").write_bytes(b"damaged")
+    (folder / "s01.h5").unlink()
+    assert kind_of_features(folder) == "float16"
+    assert cache_features(config).num_written == 2
+    assert cache_features(config, kind="float32").num_written == len(SIZES)
+    assert kind_of_features(folder / "nothing here") == "float32"
+
+
 def test_a_stop_leaves_whole_files_only(config: RunConfig) -> None:
     before, folder = contents(config), config.bookkeeping.out / "features"
     shutil.rmtree(folder)
@@ -164,7 +189,7 @@ def test_features_of_a_trained_encoder(config: RunConfig) -> None:
     assert contents(config) == warm
 
 
-@pytest.mark.parametrize("shards_are", ["the same tiles", "other tiles", "missing"])
+@pytest.mark.parametrize("shards_are", ["the same tiles", "other tiles", "positions only", "missing"])
 def test_attention_on_features_is_drawn_on_the_slide_or_on_a_plain_one(
     config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shards_are: str
 ) -> None:
@@ -172,6 +197,11 @@ def test_attention_on_features_is_drawn_on_the_slide_or_on_a_plain_one(
     if shards_are == "other tiles":
         shutil.rmtree(ShardSet(root).folder("s00"))
         make_shards(root, "s00", noise_jpegs(SIZES[0], TILE_PX), tile_px=TILE_PX, tile_mpp=2.0)
+    if shards_are == "positions only":
+        manifest = ShardSet(root).folder("s00") / "manifest.json"
+        text = manifest.read_text()
+        assert '"stored": true' in text
+        manifest.write_text(text.replace('"stored": true', '"stored": false'))
     features = FeatureSet(config.bookkeeping.out / "features", float(TILE_PX))
     index, sizes = features.index("s00"), features.manifest("s00").tile_um
     even_N = np.full(len(index), 1 / len(index), dtype=np.float32)

@@ -1,6 +1,7 @@
 """What a run reads is checked before a rank starts: a slide that cannot be pooled never reaches a step."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from gigamil.config.load import load_config
 from gigamil.config.schema import RunConfig
 from gigamil.data.cohort import load_cohort
 from gigamil.data.h5 import write_features
-from gigamil.data.split import make_splits, save_splits
+from gigamil.data.split import load_splits, make_splits, save_splits
 from gigamil.errors import BagError, CohortError, ConfigError, ShardError
 from gigamil.shards.read import ShardSet
 from gigamil.testing.shards import make_shards, noise_jpegs
@@ -65,6 +66,21 @@ def test_without_a_split_or_a_slide_to_train_on_it_is_told(config: RunConfig) ->
     path.unlink()
     with pytest.raises(CohortError, match="no split at .*gigamil split"):
         load_training_data(config)
+
+
+def test_features_that_were_made_here_are_of_slides_that_can_be_compared(config: RunConfig) -> None:
+    of_others = with_features(config)
+    shutil.copytree(config.bookkeeping.out / "features0", config.bookkeeping.out / "features")
+    made_here = of_others.model_copy(update={"data": of_others.data.model_copy(update={"features": None})})
+    path = config.bookkeeping.out / "splits.json"
+    splits = replace(load_splits(path, load_cohort(config.cohort, need_files=False)), sources_sha256="of other files")
+    save_splits(splits, path)
+    for run in (config, made_here):
+        with pytest.raises(CohortError, match="slide files are others than"):
+            load_training_data(run)
+    load_training_data(of_others)
+    shutil.rmtree(config.bookkeeping.shard_root)
+    load_training_data(made_here)  # there is nothing left to compare
 
 
 def with_features(config: RunConfig, seed: int = 0, **science: object) -> RunConfig:

@@ -1,0 +1,35 @@
+"""What the command that started the ranks says when they fail; tests/cli and tests/engine start them."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from gigamil.errors import TrainingError
+from gigamil.train.launch import Outcome, RanksFailed, _raise_first_error
+
+
+@pytest.mark.parametrize(
+    ("logs", "where"), [(Path("run/logs"), r"traceback in 'run/logs/rank1\.log'"), (None, "traceback above")]
+)
+def test_an_error_of_a_rank_names_where_its_traceback_is(tmp_path: Path, logs: Path | None, where: str) -> None:
+    for rank, outcome in enumerate((Outcome(0, "", True, 1.0), Outcome(6, "ValueError: no", False, 2.0))):
+        (tmp_path / f"{rank}.json").write_text(json.dumps(asdict(outcome)))
+    with pytest.raises(RanksFailed, match=rf"^ValueError: no \(rank 1; {where}\)$"):
+        _raise_first_error(tmp_path, 2, 1, False, logs, "from here")
+
+
+@pytest.mark.parametrize(("logs", "where"), [(Path("run/logs"), "See 'run/logs'"), (None, "See above")])
+def test_a_rank_without_a_word_is_told_with_what_to_do(tmp_path: Path, logs: Path | None, where: str) -> None:
+    with pytest.raises(
+        RanksFailed, match=rf"rank 0 of 2 ended .* {where}\. The same command continues from here\.$"
+    ) as f:
+        _raise_first_error(tmp_path, 2, 1, False, logs, "from here")
+    assert f.value.exit_code == TrainingError.exit_code
+
+
+def test_a_stop_that_was_asked_for_is_no_failure(tmp_path: Path) -> None:
+    with pytest.raises(RanksFailed, match=r"^interrupted; the same command continues from here$") as found:
+        _raise_first_error(tmp_path, 2, 1, True, None, "from here")
+    assert found.value.exit_code == 5
