@@ -124,7 +124,8 @@ class FeatureSet:
     def index(self, slide_id: str) -> FeaturePlaces:
         """Where the slide's tiles lie. The last 32 are kept in memory."""
         manifest = self.manifest(slide_id)
-        return _places(self.path(slide_id), manifest.mpp_x, manifest.mpp_y)
+        path = self.path(slide_id)
+        return _places(path, _file_state(path), manifest.mpp_x, manifest.mpp_y)
 
     def digest(self, slide_id: str) -> str:
         """Digest of the file's size and its ends, which tells files of other tiles or another encoder apart."""
@@ -208,7 +209,8 @@ class FeatureSet:
             )
         tile_px = _number(attrs, "patch_size")
         tile_um = (side_px0 * mpp_x, side_px0 * mpp_y) if side_px0 else (self._tile_um, self._tile_um)
-        share = 1 - (_number(attrs, "overlap") or 0) / tile_px if tile_px else 1.0
+        # Below 0 where tiles lie apart.
+        share = 1 - (_finite(attrs, "overlap") or 0) / tile_px if tile_px else 1.0
         return SlideFeatures(
             slide_id=slide_id,
             num_tiles=num_tiles,
@@ -282,9 +284,19 @@ def open_features(config: RunConfig, table: CohortTable) -> FeatureSet:
 
 
 @lru_cache(maxsize=32)
-def _places(path: Path, mpp_x: float, mpp_y: float) -> FeaturePlaces:
+def _places(path: Path, state: tuple[int, ...], mpp_x: float, mpp_y: float) -> FeaturePlaces:
+    # The file's state is part of the key: a file that was written anew is read anew.
     x_px0, y_px0 = read_coords(path)[0].T.astype(np.float64)
     return FeaturePlaces(x_px0 * mpp_x, y_px0 * mpp_y)
+
+
+def _file_state(path: Path) -> tuple[int, ...]:
+    """What changes when a file is written anew; empty if it is gone, which reading it says."""
+    try:
+        found = path.stat()
+    except OSError:
+        return ()
+    return found.st_ino, found.st_mtime_ns, found.st_size
 
 
 def _said_um(attrs: Mapping[str, Attribute], mpp: float | None) -> float | None:
@@ -300,9 +312,14 @@ def _said_um(attrs: Mapping[str, Attribute], mpp: float | None) -> float | None:
 
 def _number(attrs: Mapping[str, Attribute], name: str) -> float | None:
     """An attribute that is a finite number above 0; else None."""
+    value = _finite(attrs, name)
+    return value if value is not None and value > 0 else None
+
+
+def _finite(attrs: Mapping[str, Attribute], name: str) -> float | None:
+    """An attribute that is a finite number; else None."""
     value = attrs.get(name)
-    is_number = isinstance(value, int | float) and math.isfinite(value) and value > 0
-    return float(value) if is_number else None  # type: ignore[arg-type]
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 __all__ = [

@@ -46,7 +46,7 @@ class Folds:
         classes: class names by number.
         folds: sides of all slides, for each fold, in the order of the slide table.
         inner: for each fold the inner folds of its training and validation slides; a fold's own test slides are in
-            none of them.
+            none of them. Empty if no fold has any.
     """
 
     method: str
@@ -90,12 +90,13 @@ class Folds:
         if not isinstance(data, dict) or data.get("format") != FOLDS_FORMAT:
             raise ValueError(f"it has no 'format': '{FOLDS_FORMAT}'")
         try:
+            inner = tuple(tuple(_sides_of(part) for part in fold["inner"]) for fold in data["folds"])
             return cls(
                 method=str(data["method"]),
                 cohort_sha256=str(data["cohort_sha256"]),
                 classes=tuple(map(str, data["classes"])),
                 folds=tuple(_sides_of(fold) for fold in data["folds"]),
-                inner=tuple(tuple(_sides_of(inner) for inner in fold["inner"]) for fold in data["folds"]),
+                inner=inner if any(inner) else (),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"it lacks something, or has something of a wrong kind: {error}") from error

@@ -178,9 +178,10 @@ def inspect_cohort(
         rows: the slides; of the other columns `mpp` is used.
         slides: how they would be tiled.
         execution: number of workers and their limits.
-        num_sampled: tiles that are made of each slide, evenly spaced, to tell storage and time (>= 1).
+        num_sampled: one less than the tiles that are made of each slide, evenly spaced, to tell storage and time
+            (>= 1). The first is made twice, and a slide with fewer tiles gives all.
         progress: show a bar, on a terminal.
-    Cost: reading the tissue of every slide once at `tissue_mpp`, and `num_sampled` tiles.
+    Cost: reading the tissue of every slide once at `tissue_mpp`, and making at most `num_sampled` + 2 tiles of each.
     """
     execution = execution or Execution()
     cores = num_cores()
@@ -312,7 +313,9 @@ def _without_path(job: SlideJob, reason: str) -> str:
     paths = filter(None, (job.path, job.slides.masks, job.slides.coords))
     for path in sorted(paths, key=lambda path: -len(str(path))):  # one may lie in another
         for text in (str(path), shown(path)):
-            reason = reason.removeprefix(f"slide '{text}': ").replace(text, shown(path.name))
+            reason = reason.removeprefix(f"slide '{text}': ")
+            if path.name:  # "." and "/" have none, and stand in every sentence
+                reason = reason.replace(text, shown(path.name))
     return plain(reason)
 
 

@@ -1,7 +1,9 @@
 """All slides of a cohort -> shards: on all cores, one bad slide never stops the others, finished slides are skipped."""
 
+import filecmp
 import hashlib
 import os
+import shutil
 import sys
 import time
 from collections import Counter, defaultdict
@@ -177,6 +179,7 @@ def _tile(
         found = [replace(outcomes[job.slide_id], patient_id=patients[job.slide_id]) for job in jobs]
         write_cohort(root, found, place)
         sheet = root / CONTACT_SHEET if place is None else root / CONTACT_SHEET / "{}-of-{}".format(*place)
+        _drop_other_sheets(root / CONTACT_SHEET, place)
         _draw_sheet(sheet, root, [row for row in found if row.status != "failed"], has_new)
     report = TileReport(tuple(found), root)
     if progress:
@@ -280,6 +283,15 @@ class _Crew:
         return f"{died}: a broken file, or more memory than {limit}. Copy it again from its source, or remove its row"
 
 
+def _drop_other_sheets(folder: Path, place: tuple[int, int] | None) -> None:
+    """Remove contact sheets of another array, or of a run of its own: nobody draws them anew. The lock keeps those away."""
+    for path in folder.glob("*"):
+        if path.is_dir() and (place is None or not path.name.endswith(f"-of-{place[1]}")):
+            shutil.rmtree(path, ignore_errors=True)
+        elif place is not None and path.is_file():
+            path.unlink(missing_ok=True)
+
+
 def _seconds_before(root: Path) -> dict[str, float]:
     """What each slide took when it was tiled, by the table of the run before."""
     try:
@@ -291,7 +303,8 @@ def _seconds_before(root: Path) -> dict[str, float]:
 def _copies(rows: Sequence[SlideRow]) -> dict[str, str]:
     """Slides whose file is that of an earlier row, with that row's id: they would count twice, or leak into the test.
 
-    Only files of equal size are read, at both ends, so this takes no time in a cohort without copies.
+    Only files of equal size are read, at both ends, so this takes no time in a cohort without copies. Files that are
+    equal there are compared up to the first difference: uncompressed slides with white margins have equal ends.
     """
     with ThreadPoolExecutor(_LOOKERS) as lookers:
         sizes = lookers.map(slide_bytes, [row.path for row in rows])
@@ -301,12 +314,25 @@ def _copies(rows: Sequence[SlideRow]) -> dict[str, str]:
                 by_size[size].append(row)
         alike = [row for same in by_size.values() if len(same) > 1 for row in same]
         digests = list(lookers.map(_fingerprint_or_none, [row.path for row in alike]))
-    first: dict[str, str] = {}
+    originals: dict[str, list[SlideRow]] = defaultdict(list)
     copies = {}
     for row, digest in zip(alike, digests, strict=True):
-        if digest and first.setdefault(digest, row.slide_id) != row.slide_id:
-            copies[row.slide_id] = first[digest]
+        if digest:
+            original = next((other for other in originals[digest] if _is_copy(row.path, other.path)), None)
+            if original:
+                copies[row.slide_id] = original.slide_id
+            else:
+                originals[digest].append(row)
     return copies
+
+
+def _is_copy(path: Path, other: Path) -> bool:
+    """Whether two slides of one fingerprint are one: files by their content, DICOM and MIRAX by the fingerprint."""
+    try:
+        has_folder = any(slide.is_dir() or slide.suffix.lower() == ".mrxs" for slide in (path, other))
+        return has_folder or path.samefile(other) or filecmp.cmp(path, other, shallow=False)
+    except OSError:
+        return False  # said when it is tiled
 
 
 def _fingerprint_or_none(path: Path) -> str | None:

@@ -493,6 +493,10 @@ def test_jobs_of_an_array_tile_one_cohort_at_once(tmp_path: Path, gigamil: Calla
     sheets = sorted(path.name for path in (root / "contact-sheet").iterdir())
     assert sheets == ["1-of-3", "2-of-3", "3-of-3"]
     assert [row.status for row in tile_cohort(cfg, progress=False).rows].count("cached") == 9
+    sheets = {path.name for path in (root / "contact-sheet").iterdir()}
+    assert sheets == {".shown", "index.html", "page-001.jpg"}  # those of the jobs have gone: nobody draws them anew
+    assert main(["tile", str(tmp_path / "run.yaml"), "--shard", "1/2"]) in (0, 3)
+    assert {path.name for path in (root / "contact-sheet").iterdir()} == {"1-of-2"}
 
 
 @pytest.mark.usefixtures("in_process")

@@ -62,6 +62,36 @@ def test_tiles_that_overlap_have_a_smaller_stride(tmp_path: Path) -> None:
     assert (manifest.tile_um, manifest.stride_um) == ((16.0, 16.0), (12.0, 12.0))
 
 
+def test_tiles_that_lie_apart_have_a_larger_stride(tmp_path: Path) -> None:
+    """`trident_attributes` writes tile_px - stride_px, here 224 - 448."""
+    write(tmp_path, "a", 3, {"patch_size": 224, "patch_size_level0": 224, "overlap": -224, "mpp_x": 0.5, "mpp_y": 0.5})
+    manifest = opened(tmp_path).manifest("a")
+    assert (manifest.tile_um, manifest.stride_um) == ((112.0, 112.0), (224.0, 224.0))
+
+
+@pytest.mark.parametrize("overlap", ["8", float("nan"), float("-inf"), TILE_PX, TILE_PX + 1])
+def test_an_overlap_that_cannot_be_is_passed_over(tmp_path: Path, overlap: Attribute) -> None:
+    write(tmp_path, "a", 3, TRIDENT | {"overlap": overlap})
+    assert opened(tmp_path).manifest("a").stride_um == (16.0, 16.0)
+
+
+def test_positions_of_a_file_that_was_written_anew_are_read_anew(tmp_path: Path) -> None:
+    for size in (3, 5):
+        write(tmp_path, "a", size)
+        index = opened(tmp_path).index("a")
+        np.testing.assert_allclose(index.x_um, np.arange(size) * TILE_UM)
+        assert opened(tmp_path).index("a") is index  # kept
+
+
+def test_positions_of_a_file_that_is_gone(tmp_path: Path) -> None:
+    write(tmp_path, "a", 3)
+    features = opened(tmp_path)
+    features.manifest("a")
+    (tmp_path / "a.h5").unlink()
+    with pytest.raises(ShardError, match="no file .*a.h5"):
+        features.index("a")
+
+
 def test_a_file_without_scale_is_refused_with_the_cure(tmp_path: Path) -> None:
     write(tmp_path, "a", 3, {})
     with pytest.raises(ShardError, match="'a'.*does not say how large a tile is.*column mpp"):

@@ -260,7 +260,7 @@ class TestFiles:
         folds = make_folds(uneven(), KFOLD)
         assert Folds.from_json(folds.to_json()) == folds
         draws = make_folds(uneven(), TestMonteCarlo.DRAWS)
-        assert Folds.from_json(draws.to_json()).folds == draws.folds
+        assert Folds.from_json(draws.to_json()) == draws
 
     def test_no_patient_in_the_json(self) -> None:
         table = cohort(*((f"s{n}", f"secret{n}", "xy"[n % 2], None) for n in range(40)))
@@ -280,13 +280,15 @@ class TestFiles:
         with pytest.raises(ValueError, match=words):
             Folds.from_json(text.replace(old, new, 1))
 
-    def test_frozen_folds_stay(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("method", ["kfold", "monte_carlo", "holdout"])
+    def test_frozen_folds_stay(self, tmp_path: Path, method: str) -> None:
         table = uneven()
-        folds = make_folds(table, KFOLD)
+        cfg = KFOLD.model_copy(update={"split_method": method})
+        folds = make_folds(table, cfg)
         freeze_folds(folds, tmp_path, table)
         before = (tmp_path / "folds.json").read_bytes()
         freeze_folds(folds, tmp_path, table)
-        other = make_folds(table, KFOLD.model_copy(update={"split_seed": 1}))
+        other = make_folds(table, cfg.model_copy(update={"split_seed": 1}))
         with pytest.raises(CohortError, match="holds other folds. Choose another folder, or type --again"):
             freeze_folds(other, tmp_path, table)
         assert (tmp_path / "folds.json").read_bytes() == before

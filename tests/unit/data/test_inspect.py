@@ -13,12 +13,21 @@ from gigamil.cli import main
 from gigamil.config.schema import Execution, Slides
 from gigamil.data.cohort import SlideRow
 from gigamil.data.h5 import write_coords
-from gigamil.data.inspect import InspectedSlide, histogram, inspect_cohort, slides_in, time_text
+from gigamil.data.inspect import (
+    InspectedSlide,
+    _Look,
+    _look,
+    _without_path,
+    histogram,
+    inspect_cohort,
+    slides_in,
+    time_text,
+)
 from gigamil.data.workers import Limits
 from gigamil.errors import CohortError
 from gigamil.evaluate.cohort_page import write_cohort_page
 from gigamil.partition.curve import hilbert_sort
-from gigamil.shards.build import build_slide
+from gigamil.shards.build import Part, StoredPart, build_slide, store_part
 from gigamil.shards.job import SlideJob
 from gigamil.testing.slides import synthetic_slide, write_pyramid_tiff
 
@@ -108,6 +117,34 @@ def test_neither_page_nor_problems_name_a_folder(folder: Path, tmp_path: Path) -
     assert "slides.masks: &quot;masks&quot;" in page
     for text in (page, outside, missing):
         assert [name for name in ("Müller", "Roe", str(tmp_path)) if name in text] == []
+
+
+@pytest.mark.parametrize("path", [Path(), Path("/")])
+def test_a_folder_without_a_name_leaves_the_reason_whole(path: Path) -> None:
+    settings = SETTINGS.model_copy(update={"masks": path})
+    job = SlideJob("a", Path("Roe, Jane/a.svs"), None, settings, Path("shards"), hilbert_sort)
+    reason = _without_path(job, "slide 'Roe, Jane/a.svs': no mask 'a.png'. Add it, 0.5 um/px.")
+    assert reason == "no mask 'a.png'. Add it, 0.5 um/px."
+    job = SlideJob("a", path, None, SETTINGS, Path("shards"), hilbert_sort)
+    assert (
+        _without_path(job, f"slide '{path}': no DICOM file. Add it, 0.5 um/px.") == "no DICOM file. Add it, 0.5 um/px."
+    )
+
+
+def test_one_tile_more_is_made_than_sampled_and_the_first_twice(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+
+    def store(part: Part) -> StoredPart:
+        made.append(part.cells_n.tolist())
+        return store_part(part)
+
+    monkeypatch.setattr("gigamil.data.inspect.store_part", store)
+    slide = _look(_Look(SlideJob("a", folder / "a.tiff", None, SETTINGS, tmp_path, hilbert_sort), 2))
+    first, chosen = made
+    assert (len(chosen), slide.sampled) == (3, 3)
+    assert first == chosen[:1]
 
 
 def test_limits_are_those_of_tile(monkeypatch: pytest.MonkeyPatch) -> None:
