@@ -4,5 +4,8 @@ import os
 
 
 def num_cores() -> int:
-    """Cores that this process may use; fewer than the machine has inside a container or a Slurm job."""
+    """Cores that this process may use, by its CPU set (taskset, Slurm, docker --cpuset-cpus).
+
+    A CPU quota of a container is not seen: set execution.tile_workers and execution.threads there.
+    """
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -36,9 +36,11 @@ class SlideOutcome:
 
     Attributes:
         status: ok (tiled now), cached (finished before), no_tissue (no tile) or failed.
-        reason: why it has no tiles, or why its tiles were resampled; in plain characters.
+        reason: why it has no tiles or they were resampled, else how many were copied; and how many were dropped. In plain
+            characters.
         tiles, bytes: stored, and the size of its tars.
-        seconds: of all processes, in the run that tiled it; a cached slide keeps those of then.
+        seconds: of all processes, in the run that tiled it; a cached slide keeps those of then, or 0 where the last
+            table does not have it.
         way: raw (the file's own tiles) or resampled; empty if it failed.
         tissue_area_mm2, mpp_x, mpp_y: NaN if it failed.
         source_fingerprint: as in the manifest.

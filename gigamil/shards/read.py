@@ -192,7 +192,7 @@ class ShardSet:
             wanted = [
                 (member_name(slide_id, n), int(c)) for n, c in zip(index.number[rows], index.crc32[rows], strict=True)
             ]
-            tar = BytesIO(b"".join(self._blocks(slide_id, file.name)))
+            tar = BytesIO(b"".join(self._blocks(slide_id, file)))
             # skip_meta=None: by default a slide id such as `__x__` would be skipped without a word.
             found = [(tile["fname"], zlib.crc32(tile["data"])) for tile in tar_file_iterator(tar, skip_meta=None)]
             if found != wanted:
@@ -212,8 +212,8 @@ class ShardSet:
         empty = [slide_id for slide_id in slide_ids if not self.manifest(slide_id).num_tiles]
         if empty:
             raise BagError(
-                f"{len(empty)} slides have no tile in '{self.root}', for example '{empty[0]}': no tissue was found when "
-                "they were tiled last. Run `gigamil split` again to leave them out, or lower slides.min_tissue."
+                f"{len(empty)} slides have no tile in '{self.root}', for example '{empty[0]}': "
+                f"{self.manifest(empty[0]).why_empty}. Run `gigamil split` again to leave them out."
             )
         other = [s for s in slide_ids if (self.manifest(s).tile_px, self.manifest(s).tile_mpp) != (tile_px, tile_mpp)]
         if other:
@@ -335,18 +335,20 @@ class ShardSet:
             jpegs.append(jpeg)
         return jpegs
 
-    def _blocks(self, slide_id: str, name: str) -> Iterator[bytes]:
-        """A file in large blocks."""
-        begin, block = 0, b""
-        while begin == 0 or len(block) == _READ_BYTES:
-            block = self._storage.read_range(_name(slide_id, name), begin, begin + _READ_BYTES)
-            yield block
-            begin += _READ_BYTES
+    def _blocks(self, slide_id: str, file: FileDigest) -> Iterator[bytes]:
+        """A file in large blocks, and the first byte beyond its end, if it grew."""
+        name = _name(slide_id, file.name)
+        if not file.bytes:
+            yield self._storage.read(name)
+        # No range begins at the end of the file: a server answers 416 to that.
+        for begin in range(0, file.bytes, _READ_BYTES):
+            end = begin + _READ_BYTES
+            yield self._storage.read_range(name, begin, end if end < file.bytes else file.bytes + 1)
 
     def _check_digest(self, slide_id: str, expected: FileDigest) -> None:
         digest, size = hashlib.sha256(), 0
         try:
-            for block in self._blocks(slide_id, expected.name):
+            for block in self._blocks(slide_id, expected):
                 digest.update(block)
                 size += len(block)
         except OSError as error:

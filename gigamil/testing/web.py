@@ -48,6 +48,10 @@ class _Handler(BaseHTTPRequestHandler):
         data = path.read_bytes()
         if span and self.server.knows_ranges:
             begin, end = map(int, span.removeprefix("bytes=").split("-"))
+            if begin >= len(data):  # RFC 9110, 15.5.17
+                self.send_response(416)
+                self.send_header("Content-Range", f"bytes */{len(data)}")
+                return self.end_headers()
             data = data[begin : end + 1]
             self.send_response(206)
             self.send_header("Content-Range", f"bytes {begin}-{begin + len(data) - 1}/{path.stat().st_size}")

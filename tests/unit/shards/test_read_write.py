@@ -16,7 +16,7 @@ import pytest
 import webdataset
 from webdataset.tariterators import group_by_keys, tar_file_expander, tar_file_iterator
 
-from gigamil.errors import ShardError
+from gigamil.errors import BagError, ShardError
 from gigamil.shards.cohort_table import SlideOutcome, write_cohort
 from gigamil.shards.format import INDEX, MANIFEST, REMOVED, STAGING, slide_folder
 from gigamil.shards.index import SlideIndex, write_index
@@ -125,6 +125,26 @@ def test_slides_without_a_tile_are_not_listed(tmp_path: Path) -> None:
     assert shards.slide_ids == ("full",)
     assert shards.read_span("empty", 0, 0) == []
     assert shards.manifest("empty").why_empty.startswith("1.000 mm2 of tissue, but no tile of 8 um holds enough of it")
+
+
+def test_slides_without_a_tile_are_refused_with_the_reason(tmp_path: Path) -> None:
+    for slide_id in ("full", "none", "specks"):
+        make_shards(tmp_path, slide_id, JPEGS if slide_id == "full" else [], tile_px=16)
+    path = slide_folder(tmp_path, "none") / MANIFEST
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_dropped": 7}))
+    shards = ShardSet(tmp_path)
+    for slide_ids, words in [
+        (
+            ["full", "none", "specks"],
+            "2 slides .* 'none': all 7 tiles with tissue were dropped by slides.max_pen or sl.*",
+        ),
+        (
+            ["specks"],
+            r"1 slides .* 'specks': 1\.000 mm2 of tissue, but .*; lower slides.min_tissue \(0\.25\) or .*tile_px",
+        ),
+    ]:
+        with pytest.raises(BagError, match=rf"^{words}\. Run `gigamil split` again to leave them out\.$"):
+            shards.check_tiles(slide_ids, 16, 0.5)
 
 
 def test_a_pickled_copy_reads_the_same(shards: ShardSet) -> None:

@@ -1,8 +1,11 @@
 """A folder, a memory file system and a web server give the same tiles, in one request per span and tar; no URL runs
 a command or is expanded, and no name leads out of the root."""
 
+import hashlib
 import os
 import pickle
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +17,8 @@ import pytest
 from gigamil.config.load import load_config
 from gigamil.config.schema import RunConfig
 from gigamil.errors import ConfigError, EnvironmentFault, ShardError
-from gigamil.shards import storage
+from gigamil.shards import read, storage
+from gigamil.shards.manifest import FileDigest
 from gigamil.shards.read import ShardSet
 from gigamil.shards.storage import SCHEMES, LocalStorage, RemoteStorage, open_storage
 from gigamil.testing.shards import make_shards, noise_jpegs
@@ -120,6 +124,62 @@ def test_damage_on_a_server_is_named(server: Server, root: Path) -> None:
         ShardSet(server.url).manifest("other")
     with pytest.raises(ShardError, match="which is no folder of this machine"):
         ShardSet(server.url).folder("c")
+
+
+@pytest.mark.parametrize("extra", [-1, 0, 1])
+def test_a_sound_tar_of_whole_blocks_is_sound(
+    server: Server, root: Path, extra: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server answers 416 to a range that begins where the file ends."""
+    half = (root / "slides" / "c" / "tiles-00000.tar").stat().st_size // 2
+    monkeypatch.setattr(read, "_READ_BYTES", half + extra)
+    monkeypatch.setattr(storage, "_RETRY_S", 0.0)
+    ShardSet(server.url).verify("c")
+    ShardSet(root).verify("c")
+
+
+@pytest.mark.parametrize("change", ["longer", "a little shorter", "half", "empty", "missing"])
+@pytest.mark.parametrize("blocks", [1, 2])
+@pytest.mark.parametrize("is_remote", [True, False])
+def test_a_tar_of_another_length_is_reported(
+    server: Server, root: Path, is_remote: bool, blocks: int, change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tar = root / "slides" / "c" / "tiles-00000.tar"
+    size = tar.stat().st_size
+    monkeypatch.setattr(read, "_READ_BYTES", size // blocks)
+    monkeypatch.setattr(storage, "_RETRY_S", 0.0)
+    if change == "missing":
+        tar.unlink()
+    else:
+        os.truncate(tar, {"longer": size + 1, "a little shorter": size - 1, "half": size // 2, "empty": 0}[change])
+    with pytest.raises(ShardError, match=r"slide 'c', 'tiles-00000\.tar': (is not what was written|cannot be read)"):
+        ShardSet(server.url if is_remote else root).verify("c")
+
+
+@pytest.mark.parametrize("is_remote", [True, False])
+def test_an_empty_file_is_sound_until_it_grows(server: Server, root: Path, is_remote: bool) -> None:
+    path = root / "slides" / "c" / "tissue.geojson"
+    manifest = ShardSet(root).manifest("c")
+    empty = FileDigest(name=path.name, bytes=0, sha256=hashlib.sha256().hexdigest())
+    changed = manifest.model_copy(update={"tissue": empty})
+    (root / "slides" / "c" / "manifest.json").write_text(changed.model_dump_json())
+    path.write_bytes(b"")
+    shards = ShardSet(server.url if is_remote else root)
+    shards.verify("c")
+    path.write_bytes(b"{}")
+    with pytest.raises(ShardError, match=r"is not what was written: 2 bytes .* expected 0 with"):
+        shards.verify("c")
+
+
+def test_the_web_server_of_tests_refuses_a_range_beyond_the_end(server: Server, root: Path) -> None:
+    size = (root / "slides" / "c" / "tiles-00000.tar").stat().st_size
+    for begin in (size, size + 1):
+        request = urllib.request.Request(f"{server.url}/slides/c/tiles-00000.tar")
+        request.add_header("Range", f"bytes={begin}-{begin + 9}")
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            urllib.request.urlopen(request)
+        with caught.value as answer:
+            assert (answer.code, answer.headers["Content-Range"]) == (416, f"bytes */{size}")
 
 
 def test_a_server_without_ranges_is_refused(root: Path) -> None:
