@@ -206,7 +206,9 @@ def _sequential(module: nn.Sequential, name: str) -> Layers:
     rows: list[Window | Branches] = []
     cols: list[Window | Branches] = []
     is_channels_last = False
-    for key, child in module.named_children():
+    for key, child in module._modules.items():  # `named_children` leaves out a layer that stands here twice
+        if child is None:
+            continue
         where = f"{name}.{key}" if name else key
         dims = list(getattr(child, "dims", ())) if type(child).__name__ == "Permute" else None
         if dims is not None:

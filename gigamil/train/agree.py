@@ -23,6 +23,10 @@ _LONGEST_WORK_S = 3600.0  # of rank 0 alone: a machine that vanishes may leave i
 _works = itertools.count()  # of this process; equal on all ranks, as all come to each one
 
 
+class FirstRankLost(TrainingError):
+    """Rank 0 is gone: each of the others finds out, and speaks, for itself."""
+
+
 @dataclass(frozen=True)
 class Decision:
     """What the world does next; equal on all ranks.
@@ -62,7 +66,7 @@ def all_or_none(ranks: "Ranks", device: torch.device, *, first_rank_alone: bool 
     Args:
         first_rank_alone: rank 0 does it and may take longer than a collective waits: the others wait without one.
     Raises:
-        TrainingError: the others lost rank 0.
+        FirstRankLost: on the other ranks, if rank 0 did not come back.
     """
     error: Exception | None = None
     try:
@@ -89,7 +93,7 @@ def _wait_for_first_rank(rank: int, store: dist.Store, longest_s: float = _LONGE
             time.sleep(pause)
             pause = min(2 * pause, 0.5)
     except (RuntimeError, OSError) as error:  # the store is gone with rank 0, or with the launcher
-        raise TrainingError(
+        raise FirstRankLost(
             f"rank 0 was lost while the others waited for it: {error}. The same command continues from the last checkpoint."
         ) from error
 

@@ -195,7 +195,7 @@ def plan_run(
         ranks: W; None takes `execution.ranks`.
         device_memory: bytes of one rank, on a GPU unless `execution.device` is cpu; None takes what is free here (a
             CPU's is shared by the ranks).
-        tiles: of a step over all ranks; None takes the shards' manifests, or an area of tissue where there are none.
+        tiles: of a step over all ranks; None takes those of the shards or features, or an area of tissue where there are none.
         model: what the configuration describes, on the CPU, as the engine takes it; None builds it.
     Raises:
         ConfigError: the configuration does not make a model, `execution.group_size` does not divide the ranks, or a
@@ -300,7 +300,7 @@ def _slide_sizes(config: RunConfig, tiles: int | None) -> tuple[list[int], str]:
         return [tiles // per_step + (i < tiles % per_step) for i in range(per_step)], "as given"
     try:
         sizes = load_training_data(config).slides("train").sizes
-        return list(sizes), "from the shards"
+        return list(sizes), "from the features" if config.data.source == "features" else "from the shards"
     except (GigamilError, OSError) as error:
         tile_mm = config.slides.tile_px * config.slides.tile_mpp / 1000
         size = max(1, round(_TISSUE_MM2 / tile_mm**2))

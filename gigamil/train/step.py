@@ -97,7 +97,7 @@ class OutOfMemory(Exception):
     """All ranks agreed to make the step again with smaller chunks.
 
     Args:
-        tried: tiles of the smallest call that did not fit, on any rank; twice as many if graphs were kept beside it.
+        tried: rows of the smallest call that did not fit, on any rank; twice the chunk if graphs were kept beside it.
     """
 
     def __init__(self, tried: int) -> None:
@@ -435,7 +435,7 @@ class _Calls:
         self._upcoming = None if upcoming is None else (upcoming.start, upcoming.stop)
         graph_cD = _unless_out_of_memory(partial(chunk_with_graph, chunk, self._encode))
         if graph_cD is None:
-            if chunk.stop - chunk.start > 1 and chunk.random_state is None:
+            if self._rows(chunk.start, chunk.stop) > 1 and chunk.random_state is None:
                 return self._backward_halves(chunk, cotangent_cD)  # nothing was added to the gradients yet
             return self._give_up(chunk)
         if chunk.start == chunk.stop:  # a blank chunk takes part with a zero cotangent
@@ -447,20 +447,19 @@ class _Calls:
         return done or self._give_up(chunk)
 
     def _give_up(self, chunk: EncodedChunk) -> bool:
-        # Beside kept graphs there may have been too little memory, and without them enough: the size to try is the same.
-        self.out_of_memory = max(1, chunk.stop - chunk.start) * (2 if self._step.num_keep else 1)
+        # Beside kept graphs there may have been too little memory, and without them enough: the size to try is the same,
+        # that of a full chunk, however few tiles this one has.
+        self.out_of_memory = 2 * self.size if self._step.num_keep else self._rows(chunk.start, chunk.stop)
         self.poison()
         return False
 
     def _backward_halves(self, chunk: EncodedChunk, cotangent_cD: Tensor) -> bool:
-        middle = (chunk.start + chunk.stop) // 2
-        self._step._halve(chunk.stop - chunk.start)
-        self.size = self._step.chunk
-        parts = (
-            (replace(chunk, stop=middle), cotangent_cD[: middle - chunk.start]),
-            (replace(chunk, start=middle), cotangent_cD[middle - chunk.start :]),
+        return all(
+            self.backward(
+                replace(chunk, start=start, stop=stop), cotangent_cD[start - chunk.start : stop - chunk.start], None
+            )
+            for start, stop in self._halves(chunk.start, chunk.stop)
         )
-        return all(self.backward(half, cotangent, None) for half, cotangent in parts)
 
     def _ranges(self) -> list[tuple[int, int]]:
         """Tile ranges of this rank's encoder calls; empty ranges are blank tiles.
@@ -469,6 +468,16 @@ class _Calls:
         """
         return list(chunk_ranges(self.tiles.num_tiles, self.size)) or [(0, 0)]
 
+    def _rows(self, start: int, stop: int) -> int:
+        """Rows of the encoder call on tiles start..stop - 1, with those that fill it up."""
+        return max(stop - start, self.size if self._step._pad else 1)
+
+    def _halves(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """Tile ranges in place of a call that did not fit; one, if only rows that fill it up become fewer."""
+        self._step._halve(self._rows(start, stop))
+        self.size = self._step.chunk
+        return [(start + a, start + b) for a, b in chunk_ranges(stop - start, self.size)] or [(start, stop)]
+
     def _smaller(self, start: int, stop: int, chunks: list[EncodedChunk], keeps: bool) -> list[tuple[int, int]]:
         """What to try in place of a call that did not fit: the same with no graph kept, then halves; empty: nothing."""
         if keeps or any(chunk.graph_cD is not None for chunk in chunks):
@@ -476,11 +485,7 @@ class _Calls:
             for chunk in chunks:
                 chunk.graph_cD = None
             return [(start, stop)]
-        if stop - start <= 1:
-            return []
-        self._step._halve(stop - start)
-        self.size = self._step.chunk
-        return [(start + a, start + b) for a, b in chunk_ranges(stop - start, self.size)]
+        return self._halves(start, stop) if self._rows(start, stop) > 1 else []
 
     def poison(self) -> None:
         """Make the gradient NaN, so that no rank uses it; every parameter gets one, as in any other step."""

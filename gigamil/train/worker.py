@@ -18,7 +18,7 @@ from gigamil.errors import EnvironmentFault, GigamilError, Interrupted, Training
 from gigamil.lock import folder_lock
 from gigamil.parallel.topology import Topology, detect_topology, told_rank
 from gigamil.registry import import_plugins
-from gigamil.train.agree import StopSignals
+from gigamil.train.agree import FirstRankLost, StopSignals
 from gigamil.train.engine import start_distributed
 from gigamil.train.launch import has_parent, report_outcome, restore_devices
 from gigamil.train.loop import Trainer
@@ -100,10 +100,10 @@ def choose_device(wanted: str, topology: Topology) -> torch.device:
 def _tell(error: GigamilError) -> None:
     """Print a message once: by the command that started the ranks, or by the first rank of another launcher.
 
-    What a rank met before it agreed with the others, only it can tell.
+    What a rank met before it agreed with the others, only it can tell; and that the first rank was lost, the others.
     """
     rank = told_rank()
-    agreed = isinstance(error, Interrupted | TrainingError)
+    agreed = isinstance(error, Interrupted | TrainingError) and not isinstance(error, FirstRankLost)
     if not has_parent() and (rank == "0" or not agreed):
         os.write(_TERMINAL, f"gigamil: rank {rank}: {error}\n".encode())
 

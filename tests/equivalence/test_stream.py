@@ -30,6 +30,11 @@ def plain(*layers: nn.Module) -> nn.Module:
     return nn.Sequential(*layers)
 
 
+def shared() -> nn.Module:
+    conv, pool = nn.Conv2d(3, 3, 3, padding=1), nn.MaxPool2d(2)
+    return plain(conv, pool, conv, nn.Tanh(), pool)
+
+
 def convnext() -> nn.Module:
     settings = [CNBlockConfig(8, 16, 1), CNBlockConfig(16, None, 2)]
     return ConvNeXt(settings, stochastic_depth_prob=0.0, layer_scale=0.5).features
@@ -52,6 +57,7 @@ NETS = {
         nn.Tanh(),
         nn.AvgPool2d(3, 2, 1, count_include_pad=False),
     ),
+    "layers used twice": shared,
 }
 
 

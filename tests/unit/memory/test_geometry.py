@@ -81,6 +81,15 @@ def test_a_module_of_ones_own_says_where_it_looks() -> None:
     refuse_wrong_geometry(network, geometry)
 
 
+def test_a_layer_that_stands_twice_looks_twice() -> None:
+    conv, pool = nn.Conv2d(3, 3, 3), nn.MaxPool2d(2)
+    network = nn.Sequential(conv, pool, conv, nn.ReLU(), pool)
+    geometry = geometry_of(network)
+    assert geometry.strides == (4, 4)
+    assert geometry.grid_shape(30, 22) == tuple(network(torch.zeros(1, 3, 30, 22)).shape[2:])
+    refuse_wrong_geometry(network, geometry)
+
+
 @pytest.mark.parametrize(
     ("layer", "message"),
     [

@@ -11,9 +11,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from gigamil.errors import ShardError, TrainingError
+from gigamil.errors import ShardError
 from gigamil.parallel.topology import Topology
-from gigamil.train.agree import Decision, StopSignals, _wait_for_first_rank, agree
+from gigamil.train.agree import Decision, FirstRankLost, StopSignals, _wait_for_first_rank, agree
 from gigamil.train.step import Ranks
 
 CPU = torch.device("cpu")
@@ -47,13 +47,13 @@ def test_a_first_rank_that_dies_at_its_work_is_not_waited_for() -> None:
         store = dist.TCPStore("127.0.0.1", int(process.stdout.readline()), is_master=False)
         threading.Timer(1.0, process.kill).start()
         start = time.monotonic()
-        with pytest.raises(TrainingError, match="rank 0 was lost .* The same command continues"):
+        with pytest.raises(FirstRankLost, match="rank 0 was lost .* The same command continues"):
             _wait_for_first_rank(1, store)
         assert 0.5 < time.monotonic() - start < 10
 
 
 def test_the_wait_for_the_first_rank_has_an_end() -> None:
-    with pytest.raises(TrainingError, match="rank 0 was lost .* not done after 0.2 s"):
+    with pytest.raises(FirstRankLost, match="rank 0 was lost .* not done after 0.2 s"):
         _wait_for_first_rank(1, dist.HashStore(), longest_s=0.2)
 
 

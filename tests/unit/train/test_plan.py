@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -252,7 +253,7 @@ def test_the_cost_names_its_ends(checkpointing: str, words: str) -> None:
     assert f"{least + 1:.2f} forwards ({words} graphs are kept, {least + 1} where none is)" in text
 
 
-def test_features_need_no_encoder_but_room_for_their_rows(tmp_path: Path) -> None:
+def test_features_need_no_encoder_but_room_for_their_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     attrs = {"patch_size": 32, "patch_size_level0": 32}
     write_features(tmp_path / "a.h5", np.zeros((3, 512), np.float32), np.zeros((3, 2), np.int64), attrs)
     data = {"source": "features", "features": tmp_path}
@@ -265,6 +266,10 @@ def test_features_need_no_encoder_but_room_for_their_rows(tmp_path: Path) -> Non
     head = build_model(cached.science, 2, dim=512)
     assert row(plan, "parameters") == sum(parameter.nbytes for parameter in head.parameters())
     assert "no encoder" in plan.text()
+    data = SimpleNamespace(slides=lambda split: SimpleNamespace(sizes=(3,)))
+    monkeypatch.setattr("gigamil.train.plan.load_training_data", lambda config: data)
+    assert plan_run(cached, device_memory=8 * GB).slides == "from the features"
+    assert plan_run(config(), device_memory=8 * GB).slides == "from the shards"
     small = plan_run(cached, tiles=1000, device_memory=10**6)
     assert not small.fits
     assert not any("chunk" in words or "checkpointing" in words for words in small.remedies)

@@ -160,7 +160,7 @@ def shrink_the_device(step: ExactStep, limit: int) -> list[int]:
     return sizes
 
 
-@pytest.mark.parametrize("chunk", [1, 2])
+@pytest.mark.parametrize("chunk", [1, 2, 64])
 def test_kept_graphs_are_given_up_before_calls_become_smaller(chunk: int) -> None:
     plan, tiles, label_S, weight_S = make_input()
     small, large = make_step(9, chunk=chunk), make_step(9, chunk=chunk)
@@ -184,6 +184,68 @@ def test_padded_chunks_are_halved_in_the_second_pass_too() -> None:
     assert sizes == [8, 4, 2, 2, 4, 2, 2, 2]
     for name, values in parameters(small).items():
         torch.testing.assert_close(values, parameters(large)[name], rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("place", ["first pass", "replay"])
+def test_a_last_chunk_counts_with_the_rows_that_fill_it_up(place: str) -> None:
+    plan, tiles, label_S, weight_S = make_input()
+    small, large = make_step(0, chunk=8, pad=True), make_step(0, chunk=8, pad=True)
+    encoder, sizes = small.engine.module.encoder, []
+
+    def check(_module: object, args: tuple[Tensor, ...]) -> None:
+        sizes.append(len(args[0]))
+        # The first call fits, as there are no embeddings, or gradients, yet.
+        is_full = len(sizes) > 1 if place == "first pass" else next(encoder.parameters()).grad is not None
+        if is_full and len(args[0]) > 4 and torch.is_grad_enabled() == (place == "replay"):
+            raise torch.OutOfMemoryError("injected")
+
+    encoder.backbone.register_forward_pre_hook(check)
+    for step in (small, large):
+        step.train(plan, tiles, label_S, weight_S, step=0, learning_rates=[0.1, 0.1])
+    assert small.chunk == 4
+    assert sizes == ([8, 8, 4, 8, 4] if place == "first pass" else [8, 8, 8, 8, 4])
+    for name, values in parameters(small).items():
+        torch.testing.assert_close(values, parameters(large)[name], rtol=1e-12, atol=1e-14)
+
+
+def test_a_padded_chunk_is_not_cut_further_than_its_call() -> None:
+    plan, tiles, label_S, weight_S = make_input()
+    small, large = make_step(0, chunk=64, pad=True), make_step(0, chunk=64, pad=True)
+    sizes = shrink_the_device(small, 20)
+    for step in (small, large):
+        step.train(plan, tiles, label_S, weight_S, step=0, learning_rates=[0.1, 0.1])
+    assert sizes == [64, 32, 16]  # 9 tiles in each
+    assert small.chunk == 16
+    for name, values in parameters(small).items():
+        torch.testing.assert_close(values, parameters(large)[name], rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("num_keep", [0, 9])
+def test_a_padded_backward_without_memory_halves_the_call_that_was_made(num_keep: int) -> None:
+    plan, tiles, label_S, weight_S = make_input()
+    small, large = make_step(num_keep, chunk=64, pad=True), make_step(num_keep, chunk=64, pad=True)
+    small.engine.module.encoder.backbone.register_forward_hook(
+        lambda _module, _args, output: NoMemoryInBackward.apply(output) if len(output) > 20 else output
+    )
+    for step in (small, large):
+        step.train(plan, tiles, label_S, weight_S, step=0, learning_rates=[0.1, 0.1])
+    assert small.chunk == 16
+    for name, values in parameters(small).items():
+        torch.testing.assert_close(values, parameters(large)[name], rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("num_keep", [0, 9])
+@pytest.mark.parametrize("pad", [False, True])
+def test_a_device_without_memory_for_one_tile_ends_the_step(num_keep: int, pad: bool) -> None:
+    plan, tiles, label_S, weight_S = make_input()
+    step = make_step(num_keep, chunk=64, pad=pad)
+    step.engine.module.encoder.backbone.register_forward_hook(
+        lambda _module, _args, output: NoMemoryInBackward.apply(output)
+    )
+    before = parameters(step)
+    with pytest.raises(TrainingError, match="no memory for a single tile"):
+        step.train(plan, tiles, label_S, weight_S, step=0, learning_rates=[0.1, 0.1])
+    assert (step.chunk, step.num_keep, changed(step, before)) == (1, 0, set())
 
 
 def test_a_first_chunk_that_does_not_fit_is_halved_before_training() -> None:
