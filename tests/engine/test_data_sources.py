@@ -163,7 +163,9 @@ def test_training_from_slide_files_is_training_on_shards_of_their_tiles(
     assert (record["source"], record["decoder"]) == ("slides", None)  # OpenSlide decodes
 
 
-@pytest.mark.parametrize("cached", [False, True], ids=["read there", "copied here"])
+@pytest.mark.parametrize(
+    "cached", [pytest.param(False, id="read there", marks=pytest.mark.slow), pytest.param(True, id="copied here")]
+)
 def test_training_from_a_web_server_is_training_from_a_folder(tmp_path: Path, cached: bool) -> None:
     here = tiny_run(tmp_path, execution={"ranks": 2, "decode_workers": 1})
     shards = ShardSet(here.bookkeeping.shard_root)

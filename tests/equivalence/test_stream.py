@@ -110,7 +110,9 @@ def streamed_and_whole(
 
 
 @pytest.mark.parametrize("name", NETS)
-@pytest.mark.parametrize(("height", "width", "cells"), [(157, 101, 2), (64, 130, 3), (33, 200, 100)])
+@pytest.mark.parametrize(
+    ("height", "width", "cells"), [pytest.param(157, 101, 2, marks=pytest.mark.slow), (64, 130, 3), (33, 200, 100)]
+)
 def test_blocks_give_the_whole(name: str, height: int, width: int, cells: int) -> None:
     grid_error, gradient_error = streamed_and_whole(name, height, width, cells)
     assert grid_error <= GRID_BOUND
