@@ -150,7 +150,7 @@ def test_a_folder_that_cannot_be_made(root: Path, tmp_path: Path, caplog: pytest
 def test_a_digest_of_a_hostile_manifest_names_no_file(root: Path, folder: Path, tmp_path: Path) -> None:
     tar = ShardSet(root).manifest("s").tars[0]
     cache, storage = ShardCache(folder, 10**9), LocalStorage(root)
-    for digest in ("../../stolen", "/tmp/stolen", "", "A" * 64):
+    for digest in ("../../stolen", "/stolen", "", "A" * 64):
         odd = tar.model_copy(update={"sha256": digest})
         assert cache.read_range(storage, "slides/s/tiles-00000.tar", odd, 0, 10) is None
     assert not folder.exists()
