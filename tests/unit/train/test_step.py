@@ -160,35 +160,35 @@ def shrink_the_device(step: ExactStep, limit: int) -> list[int]:
     return sizes
 
 
+def assert_trained_alike(small: ExactStep, large: ExactStep) -> None:
+    """One step of each gives the same weights."""
+    plan, tiles, label_S, weight_S = make_input()
+    for step in (small, large):
+        step.train(plan, tiles, label_S, weight_S, step=0, learning_rates=[0.1, 0.1])
+    for name, values in parameters(small).items():
+        torch.testing.assert_close(values, parameters(large)[name], rtol=1e-12, atol=1e-14)
+
+
 @pytest.mark.parametrize("chunk", [1, 2, 64])
 def test_kept_graphs_are_given_up_before_calls_become_smaller(chunk: int) -> None:
-    plan, tiles, label_S, weight_S = make_input()
     small, large = make_step(9, chunk=chunk), make_step(9, chunk=chunk)
     small.engine.module.encoder.backbone.register_forward_hook(
         lambda _module, _args, output: NoMemoryInBackward.apply(output) if small.num_keep else output
     )
-    for step in (small, large):
-        step.train(plan, tiles, label_S, weight_S, step=0, learning_rates=[0.1, 0.1])
+    assert_trained_alike(small, large)
     assert (small.num_keep, small.chunk) == (0, chunk)
-    for name, values in parameters(small).items():
-        torch.testing.assert_close(values, parameters(large)[name], rtol=1e-12, atol=1e-14)
 
 
 def test_padded_chunks_are_halved_in_the_second_pass_too() -> None:
-    plan, tiles, label_S, weight_S = make_input()
     small, large = make_step(0, chunk=8, pad=True), make_step(0, chunk=8, pad=True)
     sizes = shrink_the_device(small, 2)
-    for step in (small, large):
-        step.train(plan, tiles, label_S, weight_S, step=0, learning_rates=[0.1, 0.1])
+    assert_trained_alike(small, large)
     # 9 tiles: a call of 8 in parts of 2, and one of 1, filled up to the size of the day.
     assert sizes == [8, 4, 2, 2, 4, 2, 2, 2]
-    for name, values in parameters(small).items():
-        torch.testing.assert_close(values, parameters(large)[name], rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("place", ["first pass", "replay"])
 def test_a_last_chunk_counts_with_the_rows_that_fill_it_up(place: str) -> None:
-    plan, tiles, label_S, weight_S = make_input()
     small, large = make_step(0, chunk=8, pad=True), make_step(0, chunk=8, pad=True)
     encoder, sizes = small.engine.module.encoder, []
 
@@ -200,38 +200,27 @@ def test_a_last_chunk_counts_with_the_rows_that_fill_it_up(place: str) -> None:
             raise torch.OutOfMemoryError("injected")
 
     encoder.backbone.register_forward_pre_hook(check)
-    for step in (small, large):
-        step.train(plan, tiles, label_S, weight_S, step=0, learning_rates=[0.1, 0.1])
+    assert_trained_alike(small, large)
     assert small.chunk == 4
     assert sizes == ([8, 8, 4, 8, 4] if place == "first pass" else [8, 8, 8, 8, 4])
-    for name, values in parameters(small).items():
-        torch.testing.assert_close(values, parameters(large)[name], rtol=1e-12, atol=1e-14)
 
 
 def test_a_padded_chunk_is_not_cut_further_than_its_call() -> None:
-    plan, tiles, label_S, weight_S = make_input()
     small, large = make_step(0, chunk=64, pad=True), make_step(0, chunk=64, pad=True)
     sizes = shrink_the_device(small, 20)
-    for step in (small, large):
-        step.train(plan, tiles, label_S, weight_S, step=0, learning_rates=[0.1, 0.1])
+    assert_trained_alike(small, large)
     assert sizes == [64, 32, 16]  # 9 tiles in each
     assert small.chunk == 16
-    for name, values in parameters(small).items():
-        torch.testing.assert_close(values, parameters(large)[name], rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("num_keep", [0, 9])
 def test_a_padded_backward_without_memory_halves_the_call_that_was_made(num_keep: int) -> None:
-    plan, tiles, label_S, weight_S = make_input()
     small, large = make_step(num_keep, chunk=64, pad=True), make_step(num_keep, chunk=64, pad=True)
     small.engine.module.encoder.backbone.register_forward_hook(
         lambda _module, _args, output: NoMemoryInBackward.apply(output) if len(output) > 20 else output
     )
-    for step in (small, large):
-        step.train(plan, tiles, label_S, weight_S, step=0, learning_rates=[0.1, 0.1])
+    assert_trained_alike(small, large)
     assert small.chunk == 16
-    for name, values in parameters(small).items():
-        torch.testing.assert_close(values, parameters(large)[name], rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("num_keep", [0, 9])
