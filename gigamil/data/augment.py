@@ -3,6 +3,7 @@
 Shapes: n tiles, H W pixels.
 """
 
+from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gigamil import keyed
+from gigamil.data.blocks import Turn
 
 if TYPE_CHECKING:
     from gigamil.config.schema import Augment
@@ -40,6 +42,11 @@ def augment_tiles(image_nCHW: Tensor, tile_key_n: Tensor, settings: "Augment") -
     """
     draw_nX = keyed.uniform(keyed.fold(tile_key_n, _LAYER), _NUM_DRAWS).to(image_nCHW.dtype)
     image_nCHW = _orient(image_nCHW, draw_nX, settings)
+    return _recolour(image_nCHW, draw_nX, settings, lambda image: _per_tile(_gray(image).mean(dim=(1, 2, 3))))
+
+
+def _recolour(image_nCHW: Tensor, draw_nX: Tensor, settings: "Augment", middle: Callable[[Tensor], Tensor]) -> Tensor:
+    """Stain, brightness, contrast about the middle, and saturation."""
     spread = (settings.brightness, settings.contrast, settings.saturation, *[settings.stain] * 3)
     factor_nX = 1 + (2 * draw_nX[:, 3:] - 1) * _constant(spread, draw_nX.dtype, draw_nX.device)
     if settings.stain:
@@ -48,11 +55,33 @@ def augment_tiles(image_nCHW: Tensor, tile_key_n: Tensor, settings: "Augment") -
     if settings.brightness:
         image_nCHW = image_nCHW * _per_tile(brightness_n)
     if settings.contrast:
-        mean_n = _gray(image_nCHW).mean(dim=(1, 2, 3))
-        image_nCHW = _blend(image_nCHW, _per_tile(mean_n), contrast_n)
+        image_nCHW = _blend(image_nCHW, middle(image_nCHW), contrast_n)
     if settings.saturation:
         image_nCHW = _blend(image_nCHW, _gray(image_nCHW), saturation_n)
     return image_nCHW.clamp(0, 1)
+
+
+def augment_block(image_1CHW: Tensor, slide_key_1: Tensor, settings: "Augment") -> Tensor:
+    """Recolour a block by draws from the key of its slide: all blocks of a slide are recoloured alike.
+
+    As `augment_tiles`, but contrast is about a middle grey: the mean of a block is not that of the slide. Flips and turns
+    are those of the whole slide (`draw_turn`).
+    """
+    draw_1X = keyed.uniform(keyed.fold(slide_key_1, _LAYER), _NUM_DRAWS).to(image_1CHW.dtype)
+    middle_1111 = image_1CHW.new_full((1, 1, 1, 1), 0.5)
+    return _recolour(image_1CHW, draw_1X, settings, lambda _: middle_1111)
+
+
+def draw_turn(slide_key: int, settings: "Augment") -> Turn:
+    """How a slide is laid in training: one of eight ways, by a draw from its key."""
+    flip_x, flip_y, turn = keyed.uniform(keyed.fold(torch.tensor([slide_key]), _LAYER), _NUM_DRAWS)[0, :3].tolist()
+    quarters = int(turn * 4) * settings.turns
+    # A quarter turn is a transposition and a flip, a half turn is both flips.
+    return Turn(
+        transpose=quarters % 2 == 1,
+        flip_y=(quarters in (1, 2)) ^ (settings.flips and flip_y < 0.5),
+        flip_x=(quarters in (2, 3)) ^ (settings.flips and flip_x < 0.5),
+    )
 
 
 def _orient(image_nCHW: Tensor, draw_nX: Tensor, settings: "Augment") -> Tensor:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from gigamil.config.schema import RunConfig, Slides
+from gigamil.data.blocks import SlideGrid, slide_grid
 from gigamil.errors import SlideError
 from gigamil.shards.index import SlideIndex
 from gigamil.shards.job import fingerprint
@@ -54,10 +55,8 @@ class SlideSource:
         manifest, index = self._shards.manifest(slide_id), self.index(slide_id)
         if out is None:
             out = np.empty((stop - start, self._tile_px, self._tile_px, 3), dtype=np.uint8)
-        slide, size_um = self._open(manifest), (manifest.tile_width_um, manifest.tile_height_um)
-        # Tiles that are the file's own are of one level, and those beside them too; the reader may take a finer one.
-        is_raw = manifest.way == "raw"
-        level = slide.info.nearest_level(manifest.pixel_mpp_x, manifest.pixel_mpp_y) if is_raw else None
+        slide, level = self._slide_and_level(manifest)
+        size_um = manifest.tile_width_um, manifest.tile_height_um
         for number in range(start, stop):
             x_um, y_um = float(index.x_um[number]), float(index.y_um[number])
             try:
@@ -65,6 +64,32 @@ class SlideSource:
             except SlideError as error:
                 raise SlideError(f"slide '{slide_id}', tile {number}: {error}") from error
         return out
+
+    def grid(self, slide_id: str) -> SlideGrid:
+        """The grid that the slide's tiles lie on."""
+        return slide_grid(self._shards.manifest(slide_id), self.index(slide_id))
+
+    def read_block(self, slide_id: str, top: int, left: int, height: int, width: int) -> np.ndarray:
+        """Read a block on the pixels of the tiles, with all that is between them.
+
+        Returns:
+            uint8 (height, width, 3), RGB.
+        Raises:
+            SlideError, ShardError: as `read_tiles`.
+        """
+        manifest = self._shards.manifest(slide_id)
+        slide, level = self._slide_and_level(manifest)
+        mpp_x, mpp_y = manifest.pixel_mpp_x, manifest.pixel_mpp_y
+        box_um = (left * mpp_x, top * mpp_y, width * mpp_x, height * mpp_y)
+        try:
+            return slide.read_um(*box_um, width, height, level=level)
+        except SlideError as error:
+            raise SlideError(f"slide '{slide_id}', block at ({left}, {top}): {error}") from error
+
+    def _slide_and_level(self, manifest: SlideManifest) -> tuple[Slide, int | None]:
+        """Tiles that are the file's own are of one level, and those beside them too; else the reader chooses."""
+        slide, is_raw = self._open(manifest), manifest.way == "raw"
+        return slide, slide.info.nearest_level(manifest.pixel_mpp_x, manifest.pixel_mpp_y) if is_raw else None
 
     def _open(self, manifest: SlideManifest) -> Slide:
         slide_id, path = manifest.slide_id, self._paths.get(manifest.slide_id)

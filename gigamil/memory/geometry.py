@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from gigamil.errors import ConfigError
+from gigamil.models.dense import ChannelNorm
 from gigamil.partition.halo import Branches, Net, Window
 
 # They work value by value, or (BatchNorm on stored statistics) channel by channel.
@@ -31,7 +32,7 @@ _POINTWISE = (
         nn.Tanh,
         nn.Softplus,
     ),
-    *(nn.Hardsigmoid, nn.Hardtanh, nn.Identity, nn.PReLU),
+    *(nn.Hardsigmoid, nn.Hardtanh, nn.Identity, nn.PReLU, ChannelNorm),
 )
 _DROPOUTS = (nn.Dropout, nn.Dropout2d)
 _CHANNELS_LAST, _CHANNELS_FIRST = [0, 2, 3, 1], [0, 3, 1, 2]

@@ -50,6 +50,17 @@ class GridBlock:
         return grid_nDhw[:, :, row : row + self.bottom - self.top, col : col + self.right - self.left]
 
 
+def block_around(
+    geometry: Geometry, rows: tuple[int, int], cols: tuple[int, int], height: int, width: int
+) -> GridBlock:
+    """The block that owns cells [start, stop) along rows and columns of an image of `height` x `width` pixels.
+
+    Raises:
+        ValueError: there are no such cells.
+    """
+    return GridBlock(*rows, *cols, geometry.rows.block(*rows, height), geometry.cols.block(*cols, width))
+
+
 def grid_blocks(
     geometry: Geometry, height: int, width: int, cells: int, wanted_hw: np.ndarray | None = None
 ) -> tuple[GridBlock, ...]:
@@ -75,9 +86,7 @@ def grid_blocks(
                 continue
             first_row, last_row = top + int(row_N.min()), top + int(row_N.max()) + 1
             first_col, last_col = left + int(col_N.min()), left + int(col_N.max()) + 1
-            rows = geometry.rows.block(first_row, last_row, height)
-            cols = geometry.cols.block(first_col, last_col, width)
-            found.append(GridBlock(first_row, last_row, first_col, last_col, rows, cols))
+            found.append(block_around(geometry, (first_row, last_row), (first_col, last_col), height, width))
     return tuple(found)
 
 
