@@ -133,6 +133,11 @@ class Encoder(Section):
     mean: tuple[Fraction, Fraction, Fraction] = Field((0.485, 0.456, 0.406), description="input mean, RGB in 0..1")
     std: tuple[Positive, Positive, Positive] = Field((0.229, 0.224, 0.225), description="input standard deviation")
     options: Options = Field(default_factory=dict, description="keyword arguments of the encoder")
+    dense: Literal["layer1", "layer2", "layer3", "layer4"] | None = Field(
+        None, description="a grid of features of the whole slide up to this layer, in place of tiles one by one"
+    )
+    pool: Count = Field(1, description="pool so many cells of the grid along each side to one")
+    pool_kind: Literal["mean", "max"] = "mean"
     freeze_blocks: Annotated[int, Field(ge=0)] = Field(0, description="so many blocks, from the input on, stay fixed")
     lora_rank: Count | None = Field(None, description="train low-rank updates of the linears; the rest stays fixed")
     lora_alpha: Positive = Field(16.0, description="updates are scaled by alpha / rank")

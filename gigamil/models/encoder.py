@@ -8,15 +8,17 @@ the `science.encoder.options` of the YAML.
 """
 
 import itertools
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 
 from gigamil.errors import ConfigError
 from gigamil.models.blocks import freeze_blocks
+from gigamil.models.dense import ChannelNorm, pooled
 from gigamil.models.dropout import KeyedDropout
 from gigamil.models.lora import add_lora
 from gigamil.models.networks import RESNETS, FrozenStatistics, timm_network, torchvision_resnet
@@ -59,6 +61,42 @@ class TileEncoder(nn.Module):
             narrow = torch.is_autocast_enabled("cuda")
             image_nCHW = image_nCHW.contiguous(memory_format=torch.channels_last if narrow else torch.contiguous_format)
         return self.backbone(image_nCHW, tile_key_n)
+
+
+class DenseEncoder(TileEncoder):
+    """Input normalisation around a dense backbone.
+
+    Args:
+        backbone, mean, std: as of `TileEncoder`.
+    Attributes:
+        cell_px: pixels along the side of a cell.
+    """
+
+    def __init__(self, backbone: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__(backbone, mean, std)
+        self.cell_px = int(backbone.cell_px)  # type: ignore[arg-type]
+
+    @property
+    def network(self) -> nn.Module:
+        """Of the backbone: image (n, C, H, W) -> grid (n, D, h, w)."""
+        network = self.backbone.network
+        assert isinstance(network, nn.Module)
+        return network
+
+    def forward(self, image_nCHW: Tensor, tile_key_n: Tensor | None, cell_c2: Tensor | None = None) -> Tensor:
+        """RGB in 0..1 -> embeddings.
+
+        Args:
+            image_nCHW: tiles, or one block (1, C, H, W).
+            tile_key_n: for layers that draw.
+            cell_c2: int64, (row, column) of tiles in the grid of the block; None for tiles without surroundings.
+        Returns:
+            (n, D), or (c, D) of the cells.
+        """
+        grid_nDhw = super().forward(image_nCHW, tile_key_n)
+        if cell_c2 is None:
+            return grid_nDhw[:, :, 0, 0]
+        return grid_nDhw[0, :, cell_c2[:, 0], cell_c2[:, 1]].T
 
 
 class GivenFeatures(nn.Module):
@@ -117,6 +155,34 @@ class SmallCNN(nn.Module):
         return self.dropout(self.features(image_nCHW).mean(dim=(2, 3)), tile_key_n)
 
 
+class SmallDenseCNN(nn.Module):
+    """Four strided convolutions with normalisation over channels, then a pooling: a CPU-sized dense encoder.
+
+    Args:
+        width: channels of the first layer; each of the next two doubles them, the last keeps them.
+        pool: cells of 16 pixels along each side that are pooled to one.
+    """
+
+    def __init__(self, width: int = 16, pool: int = 1, pool_kind: Literal["mean", "max"] = "mean") -> None:
+        super().__init__()
+        channels = [3, width, 2 * width, 4 * width, 4 * width]
+        layers: OrderedDict[str, nn.Module] = OrderedDict()
+        for number, (num_in, num_out) in enumerate(itertools.pairwise(channels)):
+            layers[f"conv{number}"] = nn.Conv2d(num_in, num_out, kernel_size=3, stride=2, padding=1, bias=False)
+            layers[f"norm{number}"] = ChannelNorm(num_out)
+            layers[f"relu{number}"] = nn.ReLU()
+        self.network = pooled(layers, pool, pool_kind)
+        self.block_names = [[f"network.conv{i}", f"network.norm{i}"] for i in range(4)]
+        self.dim, self.cell_px = channels[-1], 16 * pool
+
+    def forward(self, image_nCHW: Tensor, tile_key_n: Tensor | None) -> Tensor:
+        """Normalised images -> grid (n, D, h, w)."""
+        return self.network(image_nCHW)
+
+
+encoders.register("small_dense_cnn")(SmallDenseCNN)
+
+
 def _num_groups(channels: int) -> int:
     """Groups of about eight channels: the largest number up to an eighth of them that divides them."""
     return next(num for num in range(max(1, channels // 8), 0, -1) if channels % num == 0)
@@ -134,8 +200,9 @@ def build_encoder(part: "Encoder") -> TileEncoder:
         ConfigError: unknown name, options that the factory does not take, weights that do not fit, or blocks or linear
             layers that the encoder does not have.
     """
+    dense = {} if part.dense is None else {"dense": part.dense, "pool": part.pool, "pool_kind": part.pool_kind}
     try:
-        backbone = encoders[part.name](**part.options)
+        backbone = encoders[part.name](**part.options, **dense)
     except TypeError as error:
         raise ConfigError(f"science.encoder.options do not fit encoder '{part.name}': {error}") from error
     dim = getattr(backbone, "dim", None)
@@ -143,7 +210,8 @@ def build_encoder(part: "Encoder") -> TileEncoder:
         raise ConfigError(
             f"encoder '{part.name}' must have an integer attribute `dim` above 0, the width of its embedding, not {dim}"
         )
-    encoder = TileEncoder(backbone, part.mean, part.std)
+    kind = TileEncoder if getattr(backbone, "cell_px", None) is None else DenseEncoder
+    encoder = kind(backbone, part.mean, part.std)
     if part.weights is not None:
         load_backbone_weights(encoder, part.weights)
     if part.lora_rank is not None:

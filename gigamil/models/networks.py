@@ -4,13 +4,15 @@ Shapes: n tiles of a chunk, C H W image, D embedding. Both libraries are importe
 """
 
 import difflib
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from gigamil.errors import ConfigError, EnvironmentFault
+from gigamil.models.dense import STRIDES, pooled
 
 RESNETS = (
     *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"),
@@ -30,6 +32,7 @@ class FrozenStatistics(nn.Module):
         dim: D.
         block_names: names within `network`, as `gigamil.models.blocks` wants them; None if its blocks are not known.
         classifier: layers of a file of weights that the network does not have.
+        cell_px: of a dense network, which gives a grid (n, D, h, w): pixels along the side of a cell.
     """
 
     def __init__(
@@ -38,8 +41,10 @@ class FrozenStatistics(nn.Module):
         dim: int,
         block_names: Sequence[Sequence[str]] | None = None,
         classifier: Sequence[str] = ("fc",),
+        cell_px: int | None = None,
     ) -> None:
         super().__init__()
+        self.cell_px = cell_px
         self.network = network
         self.dim = dim
         self.classifier = tuple(classifier)
@@ -61,9 +66,14 @@ class FrozenStatistics(nn.Module):
 
 
 def torchvision_resnet(name: str) -> Callable[..., FrozenStatistics]:
-    """Factory of a ResNet of torchvision; its blocks are the stem and the four layers."""
+    """Factory of a ResNet of torchvision; its blocks are the stem and the four layers.
 
-    def build(**options: Any) -> FrozenStatistics:
+    With `dense` it ends at that layer, and gives a grid of features.
+    """
+
+    def build(
+        dense: str | None = None, pool: int = 1, pool_kind: Literal["mean", "max"] = "mean", **options: Any
+    ) -> FrozenStatistics:
         try:
             import torchvision.models
         except (ImportError, RuntimeError, OSError) as error:
@@ -72,9 +82,18 @@ def torchvision_resnet(name: str) -> Callable[..., FrozenStatistics]:
                 "Its version must fit torch: run `gigamil doctor` for the cure, or use encoder small_cnn."
             ) from error
         network = _made(name, getattr(torchvision.models, name), {"weights": None}, options)
-        dim = network.fc.in_features
-        network.fc = nn.Identity()
-        return FrozenStatistics(network, dim, [["conv1", "bn1"], *([f"layer{i}"] for i in (1, 2, 3, 4))])
+        layers = [f"layer{i}" for i in (1, 2, 3, 4)]
+        if dense is None:
+            dim = network.fc.in_features
+            network.fc = nn.Identity()
+            return FrozenStatistics(network, dim, [["conv1", "bn1"], *([layer] for layer in layers)])
+        kept, cut = layers[: layers.index(dense) + 1], layers[layers.index(dense) + 1 :]
+        names = ("conv1", "bn1", "relu", "maxpool", *kept)
+        grid = pooled(OrderedDict((name, getattr(network, name)) for name in names), pool, pool_kind)
+        last = getattr(network, dense)[-1]
+        dim = (last.conv3 if hasattr(last, "conv3") else last.conv2).out_channels
+        blocks = [["conv1", "bn1"], *([layer] for layer in kept)]
+        return FrozenStatistics(grid, dim, blocks, ("fc", *cut), STRIDES[dense] * pool)
 
     return build
 

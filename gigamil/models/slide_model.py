@@ -45,9 +45,14 @@ class SlideModel(nn.Module):
                 "it to 0, and dropout in science.aggregator.options if the aggregator has it."
             )
 
-    def encode(self, image_nCHW: Tensor, tile_key_n: Tensor | None) -> Tensor:
-        """Tiles, RGB in 0..1 -> embeddings (n, D); features stay what they are."""
-        return self.encoder(image_nCHW, tile_key_n)
+    def encode(self, image_nCHW: Tensor, tile_key_n: Tensor | None, cell_c2: Tensor | None = None) -> Tensor:
+        """Tiles, RGB in 0..1 -> embeddings (n, D); features stay what they are.
+
+        With `cell_c2` a dense encoder gives those of cells (row, column) of one block, (c, D).
+        """
+        if cell_c2 is None:
+            return self.encoder(image_nCHW, tile_key_n)
+        return self.encoder(image_nCHW, tile_key_n, cell_c2)
 
     def classify(self, bag: Bag) -> tuple[Tensor, Pooled]:
         """Bag -> logits (B, K), equal on all ranks that share it, and all that the aggregator gave.
