@@ -10,14 +10,17 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import cached_property
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from gigamil import keyed
+from gigamil.data.blocks import BlockImages, BlockSource
 from gigamil.data.images import HeldImages, RowMemory, Stopwatch, StoredImages, TileImages
 from gigamil.data.source import ShardSource, TileSource
+from gigamil.memory.geometry import Geometry
 from gigamil.parallel.topology import Topology
 from gigamil.partition.schedule import StepPlan
 from gigamil.shards.read import ShardSet
@@ -61,6 +64,7 @@ class StepLoader:
             by chunk, in each pass anew.
         decode_workers: threads that read and decode blocks of tiles, each with one block at a time. 0: all is done by
             the thread that asks, when it asks.
+        geometry: of a dense encoder, whose blocks are then read chunk by chunk.
     """
 
     def __init__(
@@ -72,7 +76,9 @@ class StepLoader:
         prefetch: int = 2,
         hold_bytes: int | None = None,
         decode_workers: int = 1,
+        geometry: Geometry | None = None,
     ) -> None:
+        self._geometry = geometry
         self._source: TileSource = ShardSource(source, tile_px) if isinstance(source, ShardSet) else source
         self._slide_ids = slide_ids
         self._tile_px = tile_px
@@ -114,6 +120,9 @@ class StepLoader:
         )
 
     def _images(self, spans: list[Span]) -> TileImages:
+        if self._geometry is not None:
+            source = cast("BlockSource", self._source)
+            return BlockImages(spans, source, self._geometry, self._tile_px, waited=self._waited)
         stored = StoredImages(spans, self._tile_px, lambda *span: self._read([span]), self._source.dim, self._waited)
         num_tiles = sum(stop - start for _, start, stop in spans)
         # One step in use, one waiting to be handed over, `prefetch` ahead of it.

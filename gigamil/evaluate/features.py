@@ -29,11 +29,11 @@ from gigamil.data.features import features_folder, features_path
 from gigamil.data.h5 import Attribute, read_features, read_features_header, trident_attributes, write_features
 from gigamil.data.images import ChunkFeed
 from gigamil.data.pipeline import StepLoader, StepTiles
-from gigamil.errors import GigamilError, Interrupted, ShardError, SlideError
+from gigamil.errors import ConfigError, GigamilError, Interrupted, ShardError, SlideError
 from gigamil.files import replace_file
 from gigamil.lock import folder_lock
 from gigamil.memory.budget import memory_budget
-from gigamil.models.encoder import TileEncoder
+from gigamil.models.encoder import DenseEncoder, TileEncoder
 from gigamil.models.probe import refuse_tile_mixing
 from gigamil.models.slide_model import build_encoder_alone
 from gigamil.parallel.topology import Topology, detect_topology
@@ -220,6 +220,11 @@ def _build(config: RunConfig) -> TileEncoder:
             raise ShardError(
                 f"science.warm_start: the model in '{science.warm_start}' has another encoder than science.encoder: {error}"
             ) from error
+    if isinstance(encoder, DenseEncoder):
+        raise ConfigError(
+            "science.encoder.dense: a dense encoder looks beyond the borders of a tile, and `gigamil features` encodes tiles "
+            "one by one. Set science.encoder.dense: null, or train end to end."
+        )
     return encoder.eval().requires_grad_(False)
 
 

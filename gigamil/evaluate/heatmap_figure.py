@@ -208,15 +208,29 @@ def _faded(image_HW3: Pixels) -> Pixels:
     return np.repeat(pale_HW[..., None], 3, axis=2)
 
 
-def _draw_attention(axes: "Axes", attention: Attention) -> tuple["LogNorm", "Colormap"]:
-    """Paint tiles from an even share up; tint the others. Returns the scale for the colour bar."""
+def attention_colours(attention: Attention) -> Floats:
+    """Colour and opacity (N, 4) of each tile, 0..1: painted from an even share up, tinted below."""
+    norm, cmap = _scale(attention)
+    rgba_N4 = np.tile(np.array(TINT, dtype=float), (len(attention), 1))
+    above_N = attention.times_even_N >= 1
+    rgba_N4[above_N] = cmap(norm(attention.times_even_N[above_N]))
+    rgba_N4[above_N, 3] = OPACITY
+    return rgba_N4
+
+
+def _scale(attention: Attention) -> tuple["LogNorm", "Colormap"]:
     from matplotlib import colormaps
     from matplotlib.colors import LogNorm
 
+    largest = max(LEAST_TOP_OF_SCALE, float(attention.times_even_N.max()))
+    return LogNorm(1.0, largest, clip=True), colormaps[COLOUR_MAP]
+
+
+def _draw_attention(axes: "Axes", attention: Attention) -> tuple["LogNorm", "Colormap"]:
+    """Paint tiles from an even share up; tint the others. Returns the scale for the colour bar."""
     times_even, corner_um = _on_grid(attention)
     rows, cols = times_even.shape
-    norm = LogNorm(1.0, max(LEAST_TOP_OF_SCALE, float(attention.times_even_N.max())), clip=True)
-    cmap = colormaps[COLOUR_MAP]
+    norm, cmap = _scale(attention)
     has_tile = ~np.isnan(times_even)
     rgba = np.zeros((rows, cols, 4))
     rgba[has_tile] = TINT

@@ -22,6 +22,7 @@ from gigamil.partition.schedule import plan_steps
 from gigamil.shards.manifest import SlideManifest
 from gigamil.train.checkpoint import CheckpointStore
 from gigamil.train.cohort import TiledSlides, check_tiles, open_source
+from gigamil.train.dense import dense_geometry
 from gigamil.train.loss import losses
 from gigamil.train.plain import PlainEngine
 from gigamil.train.prepare import set_batchnorm
@@ -104,7 +105,14 @@ def predict_slides(
     held_bytes = share(device=torch.device("cpu"))
     source, execution = open_source(config, shards, slide_ids, device, paths), config.execution
     loader = StepLoader(
-        source, slide_ids, config.slides.tile_px, topology, execution.prefetch, held_bytes, execution.decode_workers
+        source,
+        slide_ids,
+        config.slides.tile_px,
+        topology,
+        execution.prefetch,
+        held_bytes,
+        execution.decode_workers,
+        dense_geometry(model.encoder, config.slides),
     )
     hidden = None if config.bookkeeping.progress else True
     bfloat16 = config.science.precision == "bfloat16"

@@ -66,7 +66,7 @@ class Linear(NamedTuple):
     fixed: float
     per_tile: float
 
-    def at(self, num_tiles: int) -> int:
+    def at(self, num_tiles: float) -> int:
         """Bytes of so many tiles."""
         return max(0, round(self.fixed + self.per_tile * num_tiles))
 

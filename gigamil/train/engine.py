@@ -202,9 +202,9 @@ class DeepSpeedEngine:
                 # Where a forward broke off it was left out, and a parameter that is looked at would still be gathered.
                 self._engine._forward_epilogue()
 
-    def encode(self, image_nCHW: Tensor, tile_key_n: Tensor | None) -> Tensor:
-        """Tiles -> embeddings, with a graph if grad mode is on."""
-        result: Tensor = self._engine("encode", image_nCHW, tile_key_n)
+    def encode(self, image_nCHW: Tensor, tile_key_n: Tensor | None, cell_c2: Tensor | None = None) -> Tensor:
+        """Tiles -> embeddings, or a block -> those of its cells; with a graph if grad mode is on."""
+        result: Tensor = self._engine("encode", image_nCHW, tile_key_n, cell_c2)
         return result
 
     def classify(self, bag: Bag) -> tuple[Tensor, Pooled]:

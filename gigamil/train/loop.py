@@ -15,7 +15,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from gigamil.config.schema import RunConfig
-from gigamil.data.augment import augment_tiles
+from gigamil.data.augment import augment_block, augment_tiles, draw_turn
 from gigamil.data.pipeline import DrawKeys, StepLoader, StepTiles
 from gigamil.errors import Interrupted, TrainingError
 from gigamil.keyed import text_key
@@ -28,6 +28,7 @@ from gigamil.partition.schedule import StepPlan, epoch_order, plan_steps
 from gigamil.train.agree import StopSignals, agree, all_or_none, first_rank_says
 from gigamil.train.checkpoint import CheckpointStore
 from gigamil.train.cohort import SlideSet, load_training_data, open_source, unused_keys
+from gigamil.train.dense import dense_geometry
 from gigamil.train.engine import DeepSpeedEngine, TrainingState, deepspeed_config, make_optimizer
 from gigamil.train.identity import refuse_other_run, run_identity
 from gigamil.train.loss import class_weights, losses
@@ -155,6 +156,7 @@ class Trainer:
         model = build_model(science, num_classes, self.data.dim)
         model.train()
         prepare_model(model, self.config, self._train, self._val, self._ranks.topology, self._device)
+        self._geometry = dense_geometry(model.encoder, self.config.slides)
         self._shares = tuple(parameters_by_rate(model.encoder.backbone, science.optim.layer_decay))
         data = self.data
         self._source = open_source(self.config, data.shards, list(data.splits.split_of()), self._device, data.paths)
@@ -183,7 +185,8 @@ class Trainer:
         return model, state
 
     def _make_step(self, slides: SlideSet, chunk: int, num_keep: int) -> ExactStep:
-        science = self.config.science
+        science, is_dense = self.config.science, self._geometry is not None
+        augment = augment_block if is_dense else augment_tiles
         return ExactStep(
             self.engine,
             self._ranks,
@@ -191,9 +194,10 @@ class Trainer:
             chunk=chunk,
             num_keep=num_keep,
             keys=DrawKeys(science.seed, slides.slide_ids),
-            augment=None if self._is_on_features else partial(augment_tiles, settings=science.augment),
+            augment=None if self._is_on_features else partial(augment, settings=science.augment),
             cache_bytes=self._device_bytes,
             pad=self.config.execution.compile and not self._is_on_features,
+            turn=partial(draw_turn, settings=science.augment) if is_dense else None,
         )
 
     def _train_epoch(self) -> None:
@@ -331,7 +335,9 @@ class Trainer:
             return before.chunk or execution.chunk, before.num_keep
         if execution.memory != "auto":
             return execution.chunk, chunks_to_keep(execution.memory, 0, 0)
-        chunk, chunk_bytes = fit_chunk(self.engine, self._ranks, execution.chunk, self.config.slides.tile_px)
+        chunk, chunk_bytes = fit_chunk(
+            self.engine, self._ranks, execution.chunk, self.config.slides.tile_px, self._geometry
+        )
         # Gradients and the work on a chunk without its graph come beside the kept ones, and are not there yet.
         gradients = sum(
             getattr(p, "ds_numel", p.numel()) * 4 for p in self.engine.module.parameters() if p.requires_grad
@@ -378,6 +384,7 @@ class Trainer:
             execution.prefetch,
             self._main_bytes,
             execution.decode_workers,
+            self._geometry,
         )
 
     @property

@@ -26,8 +26,8 @@ class Engine(Protocol):
         """Parameters are whole inside, where the model is called; all ranks enter."""
         ...
 
-    def encode(self, image_nCHW: Tensor, tile_key_n: Tensor | None) -> Tensor:
-        """Tiles -> embeddings, with a graph if grad mode is on."""
+    def encode(self, image_nCHW: Tensor, tile_key_n: Tensor | None, cell_c2: Tensor | None = None) -> Tensor:
+        """Tiles -> embeddings, or a block -> those of its cells; with a graph if grad mode is on."""
         ...
 
     def classify(self, bag: Bag) -> tuple[Tensor, Pooled]:
@@ -78,9 +78,9 @@ class PlainEngine:
         """Parameters are always whole here."""
         return nullcontext()
 
-    def encode(self, image_nCHW: Tensor, tile_key_n: Tensor | None) -> Tensor:
-        """Tiles -> embeddings."""
-        result: Tensor = self.module("encode", image_nCHW, tile_key_n)
+    def encode(self, image_nCHW: Tensor, tile_key_n: Tensor | None, cell_c2: Tensor | None = None) -> Tensor:
+        """Tiles -> embeddings, or a block -> those of its cells."""
+        result: Tensor = self.module("encode", image_nCHW, tile_key_n, cell_c2)
         return result
 
     def classify(self, bag: Bag) -> tuple[Tensor, Pooled]:

@@ -32,15 +32,18 @@ from gigamil.data.h5 import read_features_header
 from gigamil.errors import ConfigError, GigamilError
 from gigamil.memory.budget import chunks_to_keep, free_device_memory
 from gigamil.memory.checkpointing import checkpoint_blocks
+from gigamil.memory.geometry import Geometry
 from gigamil.memory.peak import CallBytes, Linear, LiveBytes, measure_calls
 from gigamil.models.aggregator import min_tiles
 from gigamil.models.bag import Bag, LocalPool, Pool, Pooled, Ranges
 from gigamil.models.encoder import TileEncoder
 from gigamil.models.slide_model import SlideModel, build_model
 from gigamil.parallel.topology import Topology
+from gigamil.partition.blocks import block_side
 from gigamil.partition.schedule import StepPlan, plan_steps
 from gigamil.partition.spans import owned_range
 from gigamil.train.cohort import load_training_data
+from gigamil.train.dense import dense_geometry
 from gigamil.train.engine import deepspeed_config, make_optimizer
 from gigamil.train.step import FEATURE_ROWS
 from gigamil.units import format_bytes
@@ -167,6 +170,7 @@ class _Model:
         dim: D.
         row_bytes: of a tile, or of its features.
         has_encoder: False on features.
+        area: of an encoder call on so many tiles, in tiles: more where a dense encoder sees what lies around them.
     """
 
     trained: int
@@ -179,6 +183,7 @@ class _Model:
     dim: int
     row_bytes: int
     has_encoder: bool
+    area: Callable[[int], float] = float
 
 
 def plan_run(
@@ -335,6 +340,7 @@ def _measure(config: RunConfig, model: SlideModel) -> _Model:
     numbers = (1, 2) if all_bytes > 200e6 else (2, 6)
     has_encoder = isinstance(model.encoder, TileEncoder)
     call = measure_calls(_encode(config, model), model, numbers) if has_encoder else _NO_CALL
+    geometry = dense_geometry(model.encoder, config.slides)
     return _Model(
         trained=trained_bytes,
         fixed=all_bytes - trained_bytes,
@@ -346,7 +352,14 @@ def _measure(config: RunConfig, model: SlideModel) -> _Model:
         dim=model.encoder.dim,
         row_bytes=config.slides.tile_px**2 * 3 if has_encoder else model.encoder.dim * 4,
         has_encoder=has_encoder,
+        area=float if geometry is None else functools.partial(_block_area, geometry, config.slides.tile_px),
     )
+
+
+def _block_area(geometry: Geometry, tile_px: int, num_tiles: int) -> float:
+    """Tiles that the block of a square of tiles covers, with what lies around them."""
+    side = block_side(max(1, num_tiles))
+    return math.prod(side + net.halo / tile_px for net in (geometry.rows, geometry.cols))
 
 
 def _measure_recomputed(config: RunConfig, model: SlideModel, numbers: tuple[int, int]) -> CallBytes | None:
@@ -377,6 +390,7 @@ def _encode(config: RunConfig, model: SlideModel) -> Callable[[int], Tensor]:
             image_nCHW = to_float(torch.zeros((num_tiles, side, side, 3), dtype=torch.uint8), torch.float32)
             image_nCHW = augment_tiles(image_nCHW, key_n, settings=config.science.augment)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=is_narrow):
+            # Of a dense encoder bytes are a line in the area of the block, whatever is around it.
             return model.encode(image_nCHW, key_n)
 
     return encode
@@ -584,7 +598,7 @@ def _predict(
     tile_bytes = num_tiles * model.row_bytes
     limit = execution.tile_cache if execution.tile_cache is not None else 0.25
     cache = int(limit if limit > 1 else limit * max(0, available - static))
-    held, tiles_note = _tiles(config, tile_bytes, cache, chunk * model.row_bytes, on_gpu)
+    held, tiles_note = _tiles(config, tile_bytes, cache, round(model.area(chunk) * model.row_bytes), on_gpu)
     embeddings = 2 * num_tiles * model.dim * 4
     head = model.head(group_sizes, step.group_size)
 
@@ -595,17 +609,18 @@ def _predict(
     update = (largest if stage else 0) + (0 if on_gpu else 2 * largest)  # AdamW without a fused kernel makes two
     in_files = 0 if on_gpu else 3 * trained + model.fixed
 
-    kept_chunk, later = call.kept.at(chunk), call.later.at(chunk)
+    area = model.area(chunk)
+    kept_chunk, later = call.kept.at(area), call.later.at(area)
     rest = static + held + embeddings + head.memory + gradients + later + max(reduced + reduction, update)
     rest += 0 if on_gpu else PROCESS_BYTES
     budget = _budget(execution.memory_budget, available, rest)
     num_kept = min(num_chunks, chunks_to_keep(execution.memory, kept_chunk, budget)) if model.has_encoder else 0
     kept_tiles = min(num_tiles, num_kept * chunk)
-    kept = sum(call.kept.at(min(chunk, num_tiles - start)) for start in range(0, kept_tiles, chunk))
-    blind = call.blind.at(chunk)
+    kept = sum(call.kept.at(model.area(min(chunk, num_tiles - start))) for start in range(0, kept_tiles, chunk))
+    blind = call.blind.at(area)
     if num_kept:
         # The first backward frees a graph while gradients come into being; the next ones work beside them.
-        encode = max(kept, kept - kept_chunk + call.first.at(chunk), kept + blind if num_kept < num_chunks else 0)
+        encode = max(kept, kept - kept_chunk + call.first.at(area), kept + blind if num_kept < num_chunks else 0)
         if num_kept > 1:
             encode = max(encode, kept - 2 * kept_chunk + gradients + later)
     else:

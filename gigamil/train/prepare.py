@@ -16,6 +16,7 @@ from gigamil.parallel.topology import Topology
 from gigamil.train.activation_checkpointing import checkpoint_encoder
 from gigamil.train.checkpoint import CheckpointStore
 from gigamil.train.cohort import SlideSet
+from gigamil.train.dense import dense_geometry
 from gigamil.train.plan import refuse_unfit
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ def prepare_model(
     refuse_small_bags(model, (*train.slide_ids, *val.slide_ids), (*train.sizes, *val.sizes))
     if isinstance(model.encoder, GivenFeatures):
         return
+    dense_geometry(model.encoder, config.slides)
     refuse_tile_mixing(model.encoder, config.slides.tile_px)
     set_batchnorm(model.encoder, config.execution)
     refuse_unfit(config, model, train.sizes, topology.world_size, device, topology.local_size)

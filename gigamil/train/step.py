@@ -16,15 +16,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gigamil.data.augment import to_float
+from gigamil.data.blocks import BlockImages, Turn
 from gigamil.data.images import ChunkFeed
 from gigamil.data.pipeline import DrawKeys, StepTiles
 from gigamil.errors import TrainingError
+from gigamil.memory.geometry import Geometry
 from gigamil.memory.peak import LiveBytes
 from gigamil.memory.replay import EncodedChunk, chunk_with_graph, cotangent_product, encode_chunk
 from gigamil.models.aggregator import min_tiles
 from gigamil.models.bag import Bag, LocalPool, Pool, Pooled
 from gigamil.parallel.pooling import GroupPool
 from gigamil.parallel.topology import Topology
+from gigamil.partition.blocks import block_ranges, block_side
 from gigamil.partition.schedule import StepPlan
 from gigamil.partition.spans import chunk_ranges
 from gigamil.train.agree import agree
@@ -137,6 +140,8 @@ class ExactStep:
         augment: (image in 0..1, tile keys) -> image; None leaves tiles as they are.
         cache_bytes: memory of the device for tiles that are needed in both passes and cannot be held as they come.
         pad: fill the last chunk up with blank tiles, for a compiled encoder, which wants one shape.
+        turn: slide key -> how a slide is laid in training, for a dense encoder; `augment` is then given blocks, and the
+            keys of their slides.
     Cost: with kept fraction f of the chunks, (4 - f) encoder forwards per tile; the head runs once. The aggregator's
         reductions (docs/aggregators.md), one of S numbers, and the engine's gradient reduction. On a GPU the first wait
         for it is for the norm, after the last backward.
@@ -155,7 +160,9 @@ class ExactStep:
         augment: Prepare | None = None,
         cache_bytes: int = 0,
         pad: bool = False,
+        turn: Callable[[int], Turn] | None = None,
     ) -> None:
+        self._turn = turn
         self.engine = engine
         self.chunk = chunk
         self.num_keep = num_keep
@@ -383,15 +390,20 @@ class _Calls:
         self.out_of_memory: int | None = None  # `OutOfMemory.tried` of a call that did not fit and cannot be cut
         self._step = step
         self._engine = step.engine
-        self._feed = ChunkFeed(tiles.images, step.engine.device, step._cache_bytes)
+        images = tiles.images
         self._upcoming: tuple[int, int] | None = None
         self.slide_key_B: Tensor | None = None
         self.tile_key_n: Tensor | None = None
         if slide_key_S is not None:
             slide_key_B = slide_key_S[list(plan.groups[step._ranks.topology.group])]
+            if isinstance(images, BlockImages) and step._turn is not None:
+                slides = tiles.slide_index_n[torch.from_numpy(images.first_n)]
+                images = images.turned([step._turn(key) for key in slide_key_B[slides].tolist()])
             self.slide_key_B = slide_key_B.to(self._engine.device, non_blocking=True)
             keys = DrawKeys.tiles(slide_key_B, tiles.slide_index_n, tiles.number_n)
             self.tile_key_n = keys.to(self._engine.device, non_blocking=True)
+        self._blocks = images if isinstance(images, BlockImages) else None
+        self._feed = ChunkFeed(images, step.engine.device, step._cache_bytes)
 
     def __enter__(self) -> Self:
         self._feed.__enter__()
@@ -466,17 +478,28 @@ class _Calls:
 
         Every rank makes one call at least, so that all of its parameters have a gradient to reduce.
         """
-        return list(chunk_ranges(self.tiles.num_tiles, self.size)) or [(0, 0)]
+        return self._cut(0, self.tiles.num_tiles) or [(0, 0)]
+
+    def _cut(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """Encoder calls on rows start..stop - 1, of the size of now."""
+        if self._blocks is None:
+            ranges = chunk_ranges(stop - start, self.size)
+        else:
+            slide_n = self.tiles.slide_index_n[start:stop].numpy()
+            ranges = block_ranges(slide_n, self._blocks.cell_n2[start:stop], self.size)
+        return [(start + first, start + last) for first, last in ranges]
 
     def _rows(self, start: int, stop: int) -> int:
-        """Rows of the encoder call on tiles start..stop - 1, with those that fill it up."""
+        """Rows of the encoder call on tiles start..stop - 1, with those that fill it up, or that a block has room for."""
+        if self._blocks is not None:
+            return max(1, self._blocks.room(start, stop))
         return max(stop - start, self.size if self._step._pad else 1)
 
     def _halves(self, start: int, stop: int) -> list[tuple[int, int]]:
         """Tile ranges in place of a call that did not fit; one, if only rows that fill it up become fewer."""
         self._step._halve(self._rows(start, stop))
         self.size = self._step.chunk
-        return [(start + a, start + b) for a, b in chunk_ranges(stop - start, self.size)] or [(start, stop)]
+        return self._cut(start, stop) or [(start, stop)]
 
     def _smaller(self, start: int, stop: int, chunks: list[EncodedChunk], keeps: bool) -> list[tuple[int, int]]:
         """What to try in place of a call that did not fit: the same with no graph kept, then halves; empty: nothing."""
@@ -497,6 +520,8 @@ class _Calls:
         if start == stop:
             blank = torch.zeros((1, *self.tiles.images.shape), dtype=torch.uint8, device=self._engine.device)
             return self._call(blank, None, 1)
+        if self._blocks is not None:
+            return self._encode_block(start, stop)
         try:
             image_cHWC = self._feed.get(start, stop, self._upcoming)
         except torch.OutOfMemoryError:
@@ -506,6 +531,25 @@ class _Calls:
             shape = (stop - start, *self.tiles.images.shape)
             image_cHWC = torch.full(shape, torch.nan, device=self._engine.device)
         return self._call(image_cHWC, None if self.tile_key_n is None else self.tile_key_n[start:stop], stop - start)
+
+    def _encode_block(self, start: int, stop: int) -> Tensor:
+        assert self._blocks is not None
+        try:
+            image_1HWC = self._feed.get(start, stop, self._upcoming)
+            cell_c2 = self._blocks.cells(start, stop).to(self._engine.device, non_blocking=True)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # noqa: BLE001 - given to the caller, who agrees on it with the other ranks
+            self.error = self.error or error
+            image_1HWC = torch.full((1, *self._blocks.shape), torch.nan, device=self._engine.device)
+            cell_c2 = torch.zeros((stop - start, 2), dtype=torch.int64, device=self._engine.device)
+        image_1CHW, slide_key_1 = to_float(image_1HWC, self._engine.dtype), None
+        if self.slide_key_B is not None:
+            slide_key_1 = self.slide_key_B[self.tiles.slide_index_n[start]][None]
+            if self._step._augment is not None:
+                with torch.no_grad():
+                    image_1CHW = self._step._augment(image_1CHW, slide_key_1)
+        return self._engine.encode(image_1CHW, slide_key_1, cell_c2)
 
     def _call(self, image_cHWC: Tensor, tile_key_c: Tensor | None, rows: int) -> Tensor:
         if self.tile_key_n is not None and tile_key_c is None:
@@ -520,7 +564,9 @@ class _Calls:
         return self._engine.encode(image_cCHW, tile_key_c)[:rows]
 
 
-def fit_chunk(engine: Engine, ranks: Ranks, chunk: int, tile_px: int) -> tuple[int, int]:
+def fit_chunk(
+    engine: Engine, ranks: Ranks, chunk: int, tile_px: int, geometry: Geometry | None = None
+) -> tuple[int, int]:
     """The largest chunk whose graph every rank has memory for, by halves from `chunk`, and the bytes of that graph.
 
     All ranks call it.
@@ -529,7 +575,7 @@ def fit_chunk(engine: Engine, ranks: Ranks, chunk: int, tile_px: int) -> tuple[i
         TrainingError: there is no memory for a single tile; on all ranks.
     """
     while True:
-        kept = _unless_out_of_memory(partial(measure_chunk_bytes, engine, chunk, tile_px))
+        kept = _unless_out_of_memory(partial(measure_chunk_bytes, engine, chunk, tile_px, geometry))
         num_failed = ranks.sum_world(torch.tensor(float(kept is None), device=engine.device))
         if kept is not None and not num_failed:
             return chunk, kept
@@ -537,18 +583,36 @@ def fit_chunk(engine: Engine, ranks: Ranks, chunk: int, tile_px: int) -> tuple[i
         chunk //= 2
 
 
-def measure_chunk_bytes(engine: Engine, chunk: int, tile_px: int) -> int:
+def measure_chunk_bytes(engine: Engine, chunk: int, tile_px: int, geometry: Geometry | None = None) -> int:
     """Bytes that one encoder call on `chunk` tiles keeps for its backward: an encoder forward, which changes nothing.
 
     All ranks call it.
+
+    Args:
+        geometry: of a dense encoder, whose call is a block inside a slide.
     """
-    image = torch.zeros((chunk, 3, tile_px, tile_px), dtype=engine.dtype, device=engine.device)
-    key = torch.zeros(chunk, dtype=torch.int64, device=engine.device)
+    image, key, cell_c2 = blank_call(chunk, tile_px, geometry)
+    image, key = image.to(engine.device, engine.dtype), key.to(engine.device)
+    cell_c2 = None if cell_c2 is None else cell_c2.to(engine.device)
     with engine.gathered(), LiveBytes() as live:
-        graph_cD = engine.encode(image, key)
+        graph_cD = engine.encode(image, key, cell_c2)
         kept = live.now
     del graph_cD
     return kept
+
+
+def blank_call(chunk: int, tile_px: int, geometry: Geometry | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What the encoder is called with on `chunk` black tiles, on the CPU: image, keys, cells of a block.
+
+    Args:
+        geometry: of a dense encoder: the block is the largest, a square of tiles inside a slide.
+    """
+    if geometry is None:
+        return torch.zeros((chunk, 3, tile_px, tile_px)), torch.zeros(chunk, dtype=torch.int64), None
+    side = block_side(chunk)
+    height, width = (side * tile_px + net.halo for net in (geometry.rows, geometry.cols))
+    cell_c2 = torch.cartesian_prod(torch.arange(side), torch.arange(side))
+    return torch.zeros((1, 3, height, width)), torch.zeros(1, dtype=torch.int64), cell_c2
 
 
 def refuse_no_memory(tried: int) -> None:
