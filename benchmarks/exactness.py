@@ -84,10 +84,13 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--ranks", type=_numbers, default=[1, 2, 3, 4], help="worlds to compare (%(default)s)")
     parser.add_argument("--zero", type=_numbers, default=[0, 1, 2, 3], help="ZeRO stages (%(default)s)")
     parser.add_argument("--all", action="store_true", help="every aggregator; bfloat16 and offload at each stage too")
+    parser.add_argument("--streaming", action="store_true", help="dense encoders over blocks, against whole slides")
     parser.add_argument("--worker", nargs=2, metavar=("ZERO", "FOLDER"), help=argparse.SUPPRESS)
     arguments = parser.parse_args(words)
     if arguments.worker:
         return _worker(*arguments.worker, arguments.all)
+    if arguments.streaming:
+        return _streaming(arguments.ranks)
     print("ranks  arithmetic              cases  loss error  gradient error  failed  seconds")
     rows = []
     for ranks in arguments.ranks:
@@ -103,6 +106,42 @@ def main(words: Sequence[str] | None = None) -> int:
         "worst_deepspeed": _worst(rows, "float32"),
         "worst_deepspeed_pinv": _worst(rows, "float32, pinv"),
         "worst_bf16": _worst(rows, "bfloat16"),
+        "failed": failed,
+    }
+    print(json.dumps(summary))
+    return 1 if failed else 0
+
+
+def _streaming(worlds: Sequence[int]) -> int:
+    """Dense encoders: torch alone in float64, every net in each world."""
+    from gigamil.testing.dense import NETS, check_dense_cases, dense_cases
+    from gigamil.testing.ranks import run_on_ranks
+
+    print("ranks  net                     cases  feature error  gradient error  failed  seconds")
+    worst_feature, worst_gradient, num_cases, failed = 0.0, 0.0, 0, 0
+    for ranks in worlds:
+        for net in NETS:
+            start = time.monotonic()
+            wanted = list(dense_cases(ranks, [net]))
+            by_rank = run_on_ranks(check_dense_cases, ranks, ranks, wanted, timeout_s=TIMEOUT_S)
+            of_case = [[errors[number] for errors in by_rank] for number in range(len(wanted))]
+            bad = sum(not all(e.features <= 1e-12 and e.within(1e-10) for e in errors) for errors in of_case)
+            flat = [e for errors in of_case for e in errors]
+            feature = max((e.features for e in flat), key=_nan_is_largest)
+            gradient = max((max(e[2:], key=_nan_is_largest) for e in flat), key=_nan_is_largest)
+            seconds = time.monotonic() - start
+            print(
+                f"{ranks:5}  {net:22} {len(wanted):6} {feature:14.1e} {gradient:15.1e} {bad:7} {seconds:8.0f}",
+                flush=True,
+            )
+            worst_feature = max(worst_feature, feature, key=_nan_is_largest)
+            worst_gradient = max(worst_gradient, gradient, key=_nan_is_largest)
+            num_cases, failed = num_cases + len(wanted), failed + bad
+    summary = {
+        "nets": len(NETS),
+        "cases": num_cases,
+        "worst_feature": worst_feature,
+        "worst_gradient": worst_gradient,
         "failed": failed,
     }
     print(json.dumps(summary))
