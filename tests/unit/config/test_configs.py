@@ -56,7 +56,9 @@ class TestEachConfig:
 
 
 def test_there_is_one_config_for_each_kind_of_task() -> None:
-    assert [path.stem for path in CONFIGS] == ["camelyon16", "demo", "tcga_subtyping", "two_stage"]
+    assert [path.stem for path in CONFIGS] == [
+        *("camelyon16", "demo", "streaming_clam", "streaming_cnn", "tcga_subtyping", "two_stage")
+    ]
 
 
 def test_demo_yaml_is_what_the_demo_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
