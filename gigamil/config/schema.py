@@ -215,6 +215,9 @@ class Execution(Section):
     activation_checkpointing: Literal["none", "blocks", "cpu"] = Field(
         "none", description="recompute blocks of the encoder in backward; cpu: their inputs in main memory"
     )
+    halo: Literal["read", "exchange"] = Field(
+        "read", description="dense encoders: each block reads what is around it, or ranks exchange rows layer by layer"
+    )
     compile: bool = Field(False, description="torch.compile the encoder")
     fold_batchnorm: bool = Field(True, description="compute BatchNorm inside the convolution before it")
     zero_stage: Literal[0, 1, 2, 3] = 1
@@ -239,6 +242,15 @@ class Execution(Section):
     def _offload_has_a_stage(self) -> "Execution":
         if self.offload and self.zero_stage not in (1, 2):
             raise ValueError(f"execution.offload needs execution.zero_stage 1 or 2, not {self.zero_stage}")
+        return self
+
+    @model_validator(mode="after")
+    def _exchange_is_layer_by_layer(self) -> "Execution":
+        if self.halo == "exchange" and (self.compile or self.activation_checkpointing != "none"):
+            raise ValueError(
+                "execution.halo=exchange runs the encoder layer by layer: set execution.compile to false and "
+                "execution.activation_checkpointing to none, or execution.halo to read"
+            )
         return self
 
     @model_validator(mode="after")

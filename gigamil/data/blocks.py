@@ -107,7 +107,7 @@ class BlockImages:
         self._turns = [Turn()] * len(spans) if turns is None else turns
         self._grids = [source.grid(slide_id) for slide_id, _, _ in spans]
         cells = [grid.cell_N2[start:stop] for (_, start, stop), grid in zip(spans, self._grids, strict=True)]
-        lying = [_turned_cells(*parts) for parts in zip(cells, self._grids, self._turns, strict=True)]
+        lying = [turned_cells(*parts) for parts in zip(cells, self._grids, self._turns, strict=True)]
         self.cell_n2, self._cell_n2 = (np.concatenate([np.empty((0, 2), np.int64), *parts]) for parts in (cells, lying))
         self.span_n = np.repeat(np.arange(len(spans)), [stop - start for _, start, stop in spans])
 
@@ -155,24 +155,12 @@ class BlockImages:
         turn, (slide_id, _, _) = self._turns[span], self._spans[span]
         block, (height, width) = self._block(start, stop), self._size(span)
         top, left, bottom, right = block.rows.start, block.cols.start, block.rows.stop, block.cols.stop
-        # From the slide as it lies to the slide as it is: flips come last, so they go first.
-        if turn.flip_y:
-            top, bottom = height - bottom, height - top
-        if turn.flip_x:
-            left, right = width - right, width - left
-        if turn.transpose:
-            top, left, bottom, right = left, top, right, bottom
-        image_HW3 = self._source.read_block(slide_id, top, left, bottom - top, right - left)
-        if turn.transpose:
-            image_HW3 = image_HW3.transpose(1, 0, 2)
-        image_HW3 = image_HW3[:: -1 if turn.flip_y else 1, :: -1 if turn.flip_x else 1]
-        return torch.from_numpy(np.ascontiguousarray(image_HW3))[None]
+        return read_turned(self._source, slide_id, turn, (height, width), (top, left, bottom, right))
 
     def _size(self, span: int) -> tuple[int, int]:
         """Height and width of a span's slide as it lies."""
-        grid = self._grids[span]
-        size = grid.num_y * self._tile_px, grid.num_x * self._tile_px
-        return size[::-1] if self._turns[span].transpose else size
+        num_y, num_x = turned_size(self._grids[span], self._turns[span])
+        return num_y * self._tile_px, num_x * self._tile_px
 
     def _block(self, start: int, stop: int) -> GridBlock:
         cell_c2 = self._cell_n2[start:stop]
@@ -180,11 +168,42 @@ class BlockImages:
         return block_around(self._geometry, (top, bottom), (left, right), *self._size(int(self.span_n[start])))
 
 
-def _turned_cells(cell_n2: np.ndarray, grid: SlideGrid, turn: Turn) -> np.ndarray:
-    row_n, col_n = cell_n2[:, 0], cell_n2[:, 1]
-    num_y, num_x = grid.num_y, grid.num_x
+def read_turned(
+    source: BlockSource, slide_id: str, turn: Turn, size: tuple[int, int], box: tuple[int, int, int, int]
+) -> Tensor:
+    """uint8 RGB (1, H, W, 3) of a slide as it lies.
+
+    Args:
+        size: height and width of the slide as it lies.
+        box: top, left, bottom and right pixel of what is wanted.
+    """
+    (height, width), (top, left, bottom, right) = size, box
+    # From the slide as it lies to the slide as it is: flips come last, so they go first.
+    if turn.flip_y:
+        top, bottom = height - bottom, height - top
+    if turn.flip_x:
+        left, right = width - right, width - left
     if turn.transpose:
-        row_n, col_n, num_y, num_x = col_n, row_n, num_x, num_y
+        top, left, bottom, right = left, top, right, bottom
+    image_HW3 = source.read_block(slide_id, top, left, bottom - top, right - left)
+    if turn.transpose:
+        image_HW3 = image_HW3.transpose(1, 0, 2)
+    image_HW3 = image_HW3[:: -1 if turn.flip_y else 1, :: -1 if turn.flip_x else 1]
+    # Contiguous, and writable: that of an image library may be neither.
+    return torch.from_numpy(np.require(image_HW3, requirements=("C", "W")))[None]
+
+
+def turned_size(grid: SlideGrid, turn: Turn) -> tuple[int, int]:
+    """Rows and columns of the grid as the slide lies."""
+    return (grid.num_x, grid.num_y) if turn.transpose else (grid.num_y, grid.num_x)
+
+
+def turned_cells(cell_n2: np.ndarray, grid: SlideGrid, turn: Turn) -> np.ndarray:
+    """(row, column) of cells in the grid as the slide lies."""
+    row_n, col_n = cell_n2[:, 0], cell_n2[:, 1]
+    num_y, num_x = turned_size(grid, turn)
+    if turn.transpose:
+        row_n, col_n = col_n, row_n
     row_n = num_y - 1 - row_n if turn.flip_y else row_n
     col_n = num_x - 1 - col_n if turn.flip_x else col_n
     return np.column_stack([row_n, col_n])

@@ -19,6 +19,7 @@ from torch import Tensor
 from gigamil import keyed
 from gigamil.data.blocks import BlockImages, BlockSource
 from gigamil.data.images import HeldImages, RowMemory, Stopwatch, StoredImages, TileImages
+from gigamil.data.rows import SlideRows
 from gigamil.data.source import ShardSource, TileSource
 from gigamil.memory.geometry import Geometry
 from gigamil.parallel.topology import Topology
@@ -65,6 +66,7 @@ class StepLoader:
         decode_workers: threads that read and decode blocks of tiles, each with one block at a time. 0: all is done by
             the thread that asks, when it asks.
         geometry: of a dense encoder, whose blocks are then read chunk by chunk.
+        exchange: the ranks of a group share a dense encoder's slides row by row.
     """
 
     def __init__(
@@ -77,8 +79,10 @@ class StepLoader:
         hold_bytes: int | None = None,
         decode_workers: int = 1,
         geometry: Geometry | None = None,
+        exchange: bool = False,
     ) -> None:
         self._geometry = geometry
+        self._exchange = exchange
         self._source: TileSource = ShardSource(source, tile_px) if isinstance(source, ShardSet) else source
         self._slide_ids = slide_ids
         self._tile_px = tile_px
@@ -113,15 +117,19 @@ class StepLoader:
             index, rows = self._source.index(slide_id), slice(span.start, span.stop)
             positions.append(np.stack([index.x_um[rows], index.y_um[rows]], axis=1))
         return StepTiles(
-            self._images([(slide_id, span.start, span.stop) for span, slide_id in spans]),
+            self._images([(slide_id, span.start, span.stop) for span, slide_id in spans], plan),
             torch.from_numpy(_joined(slide_index, (0,), np.int64)),
             torch.from_numpy(_joined(numbers, (0,), np.int64)),
             torch.from_numpy(_joined(positions, (0, 2), np.float64)),
         )
 
-    def _images(self, spans: list[Span]) -> TileImages:
+    def _images(self, spans: list[Span], plan: StepPlan) -> TileImages:
         if self._geometry is not None:
-            source = cast("BlockSource", self._source)
+            source, topology = cast("BlockSource", self._source), self._topology
+            if self._exchange:
+                slide_ids = [self._slide_ids[plan.slides[position]] for position in plan.groups[topology.group]]
+                shares = [plan.spans(topology.group, rank) for rank in range(topology.group_size)]
+                return SlideRows(slide_ids, shares, topology.group_rank, source, self._tile_px, waited=self._waited)
             return BlockImages(spans, source, self._geometry, self._tile_px, waited=self._waited)
         stored = StoredImages(spans, self._tile_px, lambda *span: self._read([span]), self._source.dim, self._waited)
         num_tiles = sum(stop - start for _, start, stop in spans)

@@ -24,12 +24,14 @@ class EncodedChunk:
         graph_cD: embeddings with their graph, if it was kept.
         random_state: of torch's global generators before the first pass, if layers of others drew from them; rows of
             the chunk can then not be encoded again apart from each other. None (it takes 5 KB) if nothing did.
+        slide: of the group, where its ranks encode one slide together; None if the rows say all.
     """
 
     start: int
     stop: int
     graph_cD: Tensor | None
     random_state: _RandomState | None = None
+    slide: int | None = None
 
 
 def encode_chunk(

@@ -27,6 +27,10 @@ from gigamil.registry import Registry
 if TYPE_CHECKING:
     from gigamil.config.schema import Encoder
 
+# int64 (c, 2): (row, column) of cells in the grid of a block; or, where ranks share a slide, what takes the place of the
+# network: normalised rows of pixels -> embeddings (c, D).
+Cells = Tensor | Callable[[Tensor], Tensor]
+
 encoders: Registry[Callable[..., nn.Module]] = Registry("encoder", "gigamil.encoders")
 
 _OTHER_SIZE = (
@@ -55,12 +59,15 @@ class TileEncoder(nn.Module):
 
     def forward(self, image_nCHW: Tensor, tile_key_n: Tensor | None) -> Tensor:
         """RGB in 0..1 -> embedding (n, D)."""
+        return self.backbone(self._prepared(image_nCHW), tile_key_n)
+
+    def _prepared(self, image_nCHW: Tensor) -> Tensor:
         image_nCHW = _normalised(image_nCHW, self.mean_C11, self.std_C11)
         if image_nCHW.is_cuda:
             # Convolutions take their memory layout from the image. Tensor cores want channels last, float32 does not.
             narrow = torch.is_autocast_enabled("cuda")
             image_nCHW = image_nCHW.contiguous(memory_format=torch.channels_last if narrow else torch.contiguous_format)
-        return self.backbone(image_nCHW, tile_key_n)
+        return image_nCHW
 
 
 class DenseEncoder(TileEncoder):
@@ -83,20 +90,23 @@ class DenseEncoder(TileEncoder):
         assert isinstance(network, nn.Module)
         return network
 
-    def forward(self, image_nCHW: Tensor, tile_key_n: Tensor | None, cell_c2: Tensor | None = None) -> Tensor:
+    def forward(self, image_nCHW: Tensor, tile_key_n: Tensor | None, cells: Cells | None = None) -> Tensor:
         """RGB in 0..1 -> embeddings.
 
         Args:
-            image_nCHW: tiles, or one block (1, C, H, W).
+            image_nCHW: tiles, one block (1, C, H, W), or this rank's rows of a slide.
             tile_key_n: for layers that draw.
-            cell_c2: int64, (row, column) of tiles in the grid of the block; None for tiles without surroundings.
+            cells: of the block that are wanted, or what computes them; None for tiles without surroundings.
         Returns:
             (n, D), or (c, D) of the cells.
         """
-        grid_nDhw = super().forward(image_nCHW, tile_key_n)
-        if cell_c2 is None:
+        image_nCHW = self._prepared(image_nCHW)
+        if cells is not None and not isinstance(cells, Tensor):
+            return cells(image_nCHW)
+        grid_nDhw = self.backbone(image_nCHW, tile_key_n)
+        if cells is None:
             return grid_nDhw[:, :, 0, 0]
-        return grid_nDhw[0, :, cell_c2[:, 0], cell_c2[:, 1]].T
+        return grid_nDhw[0, :, cells[:, 0], cells[:, 1]].T
 
 
 class GivenFeatures(nn.Module):

@@ -11,7 +11,7 @@ from gigamil.errors import BagError, ConfigError
 from gigamil.models.aggregator import build_aggregator, min_tiles
 from gigamil.models.bag import Bag, Pooled
 from gigamil.models.dropout import KeyedDropout
-from gigamil.models.encoder import GivenFeatures, TileEncoder, build_encoder
+from gigamil.models.encoder import Cells, GivenFeatures, TileEncoder, build_encoder
 
 if TYPE_CHECKING:
     from gigamil.config.schema import Science
@@ -45,14 +45,14 @@ class SlideModel(nn.Module):
                 "it to 0, and dropout in science.aggregator.options if the aggregator has it."
             )
 
-    def encode(self, image_nCHW: Tensor, tile_key_n: Tensor | None, cell_c2: Tensor | None = None) -> Tensor:
+    def encode(self, image_nCHW: Tensor, tile_key_n: Tensor | None, cells: Cells | None = None) -> Tensor:
         """Tiles, RGB in 0..1 -> embeddings (n, D); features stay what they are.
 
-        With `cell_c2` a dense encoder gives those of cells (row, column) of one block, (c, D).
+        With `cells` a dense encoder gives those of cells of one block, (c, D).
         """
-        if cell_c2 is None:
+        if cells is None:
             return self.encoder(image_nCHW, tile_key_n)
-        return self.encoder(image_nCHW, tile_key_n, cell_c2)
+        return self.encoder(image_nCHW, tile_key_n, cells)
 
     def classify(self, bag: Bag) -> tuple[Tensor, Pooled]:
         """Bag -> logits (B, K), equal on all ranks that share it, and all that the aggregator gave.

@@ -96,15 +96,15 @@ class ShardedNetwork:
             if "forward" in vars(module):
                 _refuse(module, name, "is computed together with its BatchNorm; set execution.fold_batchnorm to false")
             rows, _, _ = self._windows(module, name, rows, 0.0)
-            return _Rows(_convolved(module, rows.values), rows.bounds)
+            return self._own(_convolved(module, rows.values), rows.bounds)
         if isinstance(module, nn.MaxPool2d):
             rows, _, _ = self._windows(module, name, rows, -torch.inf)
-            return _Rows(_max_pooled(module, rows.values), rows.bounds)
+            return self._own(_max_pooled(module, rows.values), rows.bounds)
         if isinstance(module, nn.AvgPool2d):
             rows, top, bottom = self._windows(module, name, rows, 0.0)
             if (top or bottom) and (module.ceil_mode or not module.count_include_pad):
                 _refuse(module, name, "counts the pixels at the edge otherwise; use count_include_pad and no ceil_mode")
-            return _Rows(_mean_pooled(module, rows.values), rows.bounds)
+            return self._own(_mean_pooled(module, rows.values), rows.bounds)
         if isinstance(module, nn.BatchNorm2d) and module.training:
             return _Rows(self._batch_norm(module, rows), rows.bounds)
         if isinstance(module, nn.GroupNorm):
@@ -132,10 +132,15 @@ class ShardedNetwork:
         start, stop = bounds[self._rank], bounds[self._rank + 1]
         values = self._fetch(rows, wanted)
         if start == stop:
-            return _Rows(values, bounds), 0, 0
+            # One row, which is dropped: the others see this layer's type and its parameters in the graph, and so must it.
+            return _Rows(functional.pad(values, (0, 0, 0, window.reach)), bounds), 0, 0
         first, last = window.needs(start, stop)
         top, bottom = max(0, -first), max(0, last - size)
         return _Rows(functional.pad(values, (0, 0, top, bottom), value=padding), bounds), top, bottom
+
+    def _own(self, values: Tensor, bounds: Bounds) -> _Rows:
+        """A layer's output on this rank, without the row that was made for a rank that has none."""
+        return _Rows(values[:, :, : bounds[self._rank + 1] - bounds[self._rank]], bounds)
 
     def _fetch(self, rows: _Rows, wanted: list[tuple[int, int]]) -> Tensor:
         if self._group is None:
@@ -203,8 +208,6 @@ def _convolved(module: nn.Conv2d, values: Tensor) -> Tensor:
         cols = module.dilation[1] * (module.kernel_size[1] - 1) // 2
     else:
         cols = 0 if padding == "valid" else int(padding[1])
-    if not values.shape[2]:
-        return _no_rows(values, module.out_channels, geometry_of(module).cols.output_size(values.shape[3]))
     return functional.conv2d(
         values, module.weight, module.bias, module.stride, (0, cols), module.dilation, module.groups
     )
@@ -212,23 +215,14 @@ def _convolved(module: nn.Conv2d, values: Tensor) -> Tensor:
 
 def _max_pooled(module: nn.MaxPool2d, values: Tensor) -> Tensor:
     kernel, stride, padding, dilation = map(_pair, (module.kernel_size, module.stride, module.padding, module.dilation))
-    if not values.shape[2]:
-        return _no_rows(values, values.shape[1], geometry_of(module).cols.output_size(values.shape[3]))
     return functional.max_pool2d(values, kernel, stride, (0, padding[1]), dilation, module.ceil_mode)
 
 
 def _mean_pooled(module: nn.AvgPool2d, values: Tensor) -> Tensor:
     kernel, stride, padding = map(_pair, (module.kernel_size, module.stride, module.padding))
-    if not values.shape[2]:
-        return _no_rows(values, values.shape[1], geometry_of(module).cols.output_size(values.shape[3]))
     return functional.avg_pool2d(
         values, kernel, stride, (0, padding[1]), module.ceil_mode, module.count_include_pad, module.divisor_override
     )
-
-
-def _no_rows(values: Tensor, channels: int, width: int) -> Tensor:
-    """Of a rank without outputs: it still takes part in the exchanges of the backward."""
-    return values.new_zeros((values.shape[0], channels, 0, width)) + 0 * values.sum()
 
 
 def _affine(values: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:

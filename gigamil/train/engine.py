@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from gigamil.errors import EnvironmentFault
 from gigamil.models.bag import Bag, Pooled
 from gigamil.models.blocks import parameters_by_rate
+from gigamil.models.encoder import Cells
 from gigamil.parallel.topology import Topology, export_topology
 from gigamil.train.step import Ranks
 
@@ -202,9 +203,9 @@ class DeepSpeedEngine:
                 # Where a forward broke off it was left out, and a parameter that is looked at would still be gathered.
                 self._engine._forward_epilogue()
 
-    def encode(self, image_nCHW: Tensor, tile_key_n: Tensor | None, cell_c2: Tensor | None = None) -> Tensor:
+    def encode(self, image_nCHW: Tensor, tile_key_n: Tensor | None, cells: Cells | None = None) -> Tensor:
         """Tiles -> embeddings, or a block -> those of its cells; with a graph if grad mode is on."""
-        result: Tensor = self._engine("encode", image_nCHW, tile_key_n, cell_c2)
+        result: Tensor = self._engine("encode", image_nCHW, tile_key_n, cells)
         return result
 
     def classify(self, bag: Bag) -> tuple[Tensor, Pooled]:

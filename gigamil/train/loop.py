@@ -333,8 +333,11 @@ class Trainer:
             return FEATURE_ROWS, 0  # no encoder, no graphs
         if before.num_keep is not None and before.memory_settings == self._memory_settings():
             return before.chunk or execution.chunk, before.num_keep
-        if execution.memory != "auto":
-            return execution.chunk, chunks_to_keep(execution.memory, 0, 0)
+        memory = execution.memory
+        if execution.halo == "exchange" and memory == "auto":  # two slides take twice the memory of one
+            memory = "keep" if self.config.science.slides_per_step <= self._ranks.topology.num_groups else "replay"
+        if memory != "auto":
+            return execution.chunk, chunks_to_keep(memory, 0, 0)
         chunk, chunk_bytes = fit_chunk(
             self.engine, self._ranks, execution.chunk, self.config.slides.tile_px, self._geometry
         )
@@ -344,7 +347,7 @@ class Trainer:
         )
         local_size, reserve = self._ranks.topology.local_size, gradients + chunk_bytes + chunk_bytes // 4
         budget = memory_budget(execution.memory_budget, self._device, local_size, reserve=reserve)
-        num_keep = chunks_to_keep(execution.memory, chunk_bytes, budget)
+        num_keep = chunks_to_keep(memory, chunk_bytes, budget)
         return chunk, self._over_ranks(num_keep, dist.ReduceOp.MIN)
 
     def _adopt_chunk(self) -> None:
@@ -366,7 +369,7 @@ class Trainer:
     def _memory_settings(self) -> str:
         execution = self.config.execution
         words = (execution.memory, execution.memory_budget, execution.chunk, self._ranks.topology.world_size)
-        encoder = (execution.activation_checkpointing, execution.fold_batchnorm, execution.compile)
+        encoder = (execution.activation_checkpointing, execution.fold_batchnorm, execution.compile, execution.halo)
         return " ".join(map(str, (*words, *encoder)))
 
     def _plans(self, slides: SlideSet, order: Sequence[int] | np.ndarray) -> list[StepPlan]:
@@ -385,6 +388,7 @@ class Trainer:
             self._main_bytes,
             execution.decode_workers,
             self._geometry,
+            execution.halo == "exchange",
         )
 
     @property

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gigamil.models.bag import Bag, Pooled
+from gigamil.models.encoder import Cells
 
 
 class Engine(Protocol):
@@ -26,7 +27,7 @@ class Engine(Protocol):
         """Parameters are whole inside, where the model is called; all ranks enter."""
         ...
 
-    def encode(self, image_nCHW: Tensor, tile_key_n: Tensor | None, cell_c2: Tensor | None = None) -> Tensor:
+    def encode(self, image_nCHW: Tensor, tile_key_n: Tensor | None, cells: Cells | None = None) -> Tensor:
         """Tiles -> embeddings, or a block -> those of its cells; with a graph if grad mode is on."""
         ...
 
@@ -78,9 +79,9 @@ class PlainEngine:
         """Parameters are always whole here."""
         return nullcontext()
 
-    def encode(self, image_nCHW: Tensor, tile_key_n: Tensor | None, cell_c2: Tensor | None = None) -> Tensor:
+    def encode(self, image_nCHW: Tensor, tile_key_n: Tensor | None, cells: Cells | None = None) -> Tensor:
         """Tiles -> embeddings, or a block -> those of its cells."""
-        result: Tensor = self.module("encode", image_nCHW, tile_key_n, cell_c2)
+        result: Tensor = self.module("encode", image_nCHW, tile_key_n, cells)
         return result
 
     def classify(self, bag: Bag) -> tuple[Tensor, Pooled]:

@@ -49,10 +49,16 @@ def prepare_model(
     refuse_small_bags(model, (*train.slide_ids, *val.slide_ids), (*train.sizes, *val.sizes))
     if isinstance(model.encoder, GivenFeatures):
         return
-    dense_geometry(model.encoder, config.slides)
+    geometry = dense_geometry(model.encoder, config.slides)
+    if geometry is None and config.execution.halo == "exchange":
+        raise ConfigError(
+            "execution.halo=exchange is for dense encoders, and this one sees each tile alone. Set science.encoder.dense, "
+            "or execution.halo=read."
+        )
     refuse_tile_mixing(model.encoder, config.slides.tile_px)
     set_batchnorm(model.encoder, config.execution)
-    refuse_unfit(config, model, train.sizes, topology.world_size, device, topology.local_size)
+    if config.execution.halo == "read":  # else it depends on the size of the slides, glass and all
+        refuse_unfit(config, model, train.sizes, topology.world_size, device, topology.local_size)
     backbone = model.encoder.backbone
     checkpoint_encoder(backbone, config.execution.activation_checkpointing)
     if config.execution.compile:
@@ -60,8 +66,8 @@ def prepare_model(
 
 
 def set_batchnorm(encoder: nn.Module, execution: "Execution") -> None:
-    """Fold BatchNorm where `execution` asks for it; the compiler does better without."""
-    if execution.fold_batchnorm and not execution.compile:
+    """Fold BatchNorm where `execution` asks for it; the compiler does better without, and rows are exchanged between layers."""
+    if execution.fold_batchnorm and not execution.compile and execution.halo == "read":
         fold_batchnorm(encoder)
 
 

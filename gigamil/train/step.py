@@ -6,9 +6,10 @@ K classes.
 
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Self, TypeVar
 
 import torch
@@ -19,13 +20,17 @@ from gigamil.data.augment import to_float
 from gigamil.data.blocks import BlockImages, Turn
 from gigamil.data.images import ChunkFeed
 from gigamil.data.pipeline import DrawKeys, StepTiles
+from gigamil.data.rows import SlideRows
 from gigamil.errors import TrainingError
 from gigamil.memory.geometry import Geometry
 from gigamil.memory.peak import LiveBytes
 from gigamil.memory.replay import EncodedChunk, chunk_with_graph, cotangent_product, encode_chunk
 from gigamil.models.aggregator import min_tiles
 from gigamil.models.bag import Bag, LocalPool, Pool, Pooled
+from gigamil.models.encoder import Cells, DenseEncoder
+from gigamil.parallel.halo import ShardedNetwork
 from gigamil.parallel.pooling import GroupPool
+from gigamil.parallel.shared_slide import SharedSlide
 from gigamil.parallel.topology import Topology
 from gigamil.partition.blocks import block_ranges, block_side
 from gigamil.partition.schedule import StepPlan
@@ -61,9 +66,13 @@ class Ranks:
         Args:
             counts: tiles of each rank of the group.
         """
-        if self.group is None or self.topology.group_size == 1:
-            return LocalPool(sum(counts))
-        return GroupPool(self.group, counts, self.topology.group_rank)
+        group = self.pooling_group
+        return LocalPool(sum(counts)) if group is None else GroupPool(group, counts, self.topology.group_rank)
+
+    @property
+    def pooling_group(self) -> dist.ProcessGroup | None:
+        """The group; None where this rank pools alone."""
+        return None if self.topology.group_size == 1 else self.group
 
     def sum_world(self, values: Tensor) -> Tensor:
         """Sum over all ranks; not differentiable."""
@@ -197,13 +206,24 @@ class ExactStep:
             TrainingError: the device has no memory for a single tile; on all ranks.
         """
         while True:
-            calls = _Calls(self, plan, tiles, self._keys.slides(step, plan.slides))
+            calls = self._calls(plan, tiles, self._keys.slides(step, plan.slides))
             try:
                 with calls:
                     return self._train(calls, label_S, weight_S, learning_rates, train_encoder)
             except OutOfMemory as error:
                 tried = error.tried
             self._halve(tried)  # outside of `except`: until then the error's frames hold the step's tensors
+
+    def _calls(self, plan: StepPlan, tiles: StepTiles, slide_key_S: Tensor | None) -> "_Calls":
+        kind = _SharedCalls if isinstance(tiles.images, SlideRows) else _Calls
+        return kind(self, plan, tiles, slide_key_S)
+
+    @cached_property
+    def _sharded(self) -> ShardedNetwork:
+        """The network of a dense encoder on the rows of the group's ranks."""
+        encoder, topology = self.engine.module.encoder, self._ranks.topology
+        assert isinstance(encoder, DenseEncoder)
+        return ShardedNetwork(encoder.network, self._ranks.pooling_group, topology.group_rank)
 
     def _train(
         self,
@@ -261,7 +281,7 @@ class ExactStep:
                 process raises what the reader raised). On all ranks.
         """
         while True:
-            calls = _Calls(self, plan, tiles, None)
+            calls = self._calls(plan, tiles, None)
             try:
                 with calls:
                     return self._evaluate(calls)
@@ -399,10 +419,13 @@ class _Calls:
             if isinstance(images, BlockImages) and step._turn is not None:
                 slides = tiles.slide_index_n[torch.from_numpy(images.first_n)]
                 images = images.turned([step._turn(key) for key in slide_key_B[slides].tolist()])
+            elif isinstance(images, SlideRows) and step._turn is not None:
+                images = images.turned([step._turn(key) for key in slide_key_B.tolist()])
             self.slide_key_B = slide_key_B.to(self._engine.device, non_blocking=True)
             keys = DrawKeys.tiles(slide_key_B, tiles.slide_index_n, tiles.number_n)
             self.tile_key_n = keys.to(self._engine.device, non_blocking=True)
         self._blocks = images if isinstance(images, BlockImages) else None
+        self._images = images
         self._feed = ChunkFeed(images, step.engine.device, step._cache_bytes)
 
     def __enter__(self) -> Self:
@@ -543,13 +566,16 @@ class _Calls:
             self.error = self.error or error
             image_1HWC = torch.full((1, *self._blocks.shape), torch.nan, device=self._engine.device)
             cell_c2 = torch.zeros((stop - start, 2), dtype=torch.int64, device=self._engine.device)
+        return self._call_dense(image_1HWC, int(self.tiles.slide_index_n[start]), cell_c2)
+
+    def _call_dense(self, image_1HWC: Tensor, slide: int, cells: Cells) -> Tensor:
         image_1CHW, slide_key_1 = to_float(image_1HWC, self._engine.dtype), None
         if self.slide_key_B is not None:
-            slide_key_1 = self.slide_key_B[self.tiles.slide_index_n[start]][None]
+            slide_key_1 = self.slide_key_B[slide][None]
             if self._step._augment is not None:
                 with torch.no_grad():
                     image_1CHW = self._step._augment(image_1CHW, slide_key_1)
-        return self._engine.encode(image_1CHW, slide_key_1, cell_c2)
+        return self._engine.encode(image_1CHW, slide_key_1, cells)
 
     def _call(self, image_cHWC: Tensor, tile_key_c: Tensor | None, rows: int) -> Tensor:
         if self.tile_key_n is not None and tile_key_c is None:
@@ -562,6 +588,62 @@ class _Calls:
             with torch.no_grad():
                 image_cCHW = self._step._augment(image_cCHW, tile_key_c)
         return self._engine.encode(image_cCHW, tile_key_c)[:rows]
+
+
+class _SharedCalls(_Calls):
+    """The encoder calls of a step whose slides lie row by row on the ranks of the group: one for each slide.
+
+    The ranks make a call together, layer by layer, so no rank can cut it alone where its memory runs out.
+    """
+
+    def encode_all(self, keep: bool) -> tuple[list[EncodedChunk], Tensor]:
+        """First pass over the slides of the group: a chunk for each, and the embeddings (n, D) of this rank's tiles."""
+        if not self._rows_of.num_slides:
+            return super().encode_all(keep)
+        chunks, parts = [], []
+        for slide in range(self._rows_of.num_slides):
+            rows = self._rows_of.rows(slide)
+            keeps = keep and slide < self._step.num_keep
+            with _refused_out_of_memory():
+                chunk, embedding_cD = encode_chunk(partial(self._encode_slide, slide), *rows, keeps)
+            chunk.slide = slide
+            chunks.append(chunk)
+            parts.append(embedding_cD.to(torch.promote_types(embedding_cD.dtype, torch.float32)))
+        return chunks, torch.cat(parts)
+
+    def backward(self, chunk: EncodedChunk, cotangent_cD: Tensor, upcoming: EncodedChunk | None) -> bool:
+        """Back-propagate dL/dh of a slide's cells into the encoder; all ranks of the group take part."""
+        if chunk.slide is None:
+            return super().backward(chunk, cotangent_cD, upcoming)
+        with _refused_out_of_memory():
+            graph_cD = chunk_with_graph(chunk, partial(self._encode_slide, chunk.slide))
+            self._engine.backward(cotangent_product(graph_cD, cotangent_cD))
+        return True
+
+    @property
+    def _rows_of(self) -> SlideRows:
+        assert isinstance(self._images, SlideRows)
+        return self._images
+
+    def _encode_slide(self, slide: int, start: int, stop: int) -> Tensor:
+        """Embeddings of rows start..stop - 1, maybe none, which are this rank's tiles of a slide."""
+        images, ranks = self._rows_of, self._step._ranks
+        upcoming = (slide + 1, slide + 2) if slide + 1 < images.num_slides else None
+        try:
+            image_1HWC = self._feed.get(slide, slide + 1, upcoming)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # noqa: BLE001 - given to the caller, who agrees on it with the other ranks
+            self.error = self.error or error
+            image_1HWC = torch.full(images.read_shape(slide), torch.nan, device=self._engine.device)
+        cells = SharedSlide(
+            self._step._sharded,
+            images.bounds(slide),
+            images.wanted(slide),
+            ranks.topology.group_rank,
+            ranks.pooling_group,
+        )
+        return self._call_dense(image_1HWC, slide, cells)
 
 
 def fit_chunk(
@@ -639,6 +721,22 @@ def _attention(forward: _Pass) -> Tensor:
         predicted_n = forward.logits_BK.argmax(1)[bag.slide_index_n]
         weight_nA = weight_nA.gather(1, predicted_n[:, None])
     return weight_nA
+
+
+@contextmanager
+def _refused_out_of_memory() -> Iterator[None]:
+    """Say what to change where ranks that wait for each other have too little memory.
+
+    Raises:
+        TrainingError: on this rank; whoever started the ranks ends the others.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            "the device has no memory for this rank's rows of a slide: execution.halo=exchange keeps all activations. "
+            "Set execution.memory=replay (one slide at a time), more execution.ranks, or execution.halo=read."
+        ) from error
 
 
 def _unless_out_of_memory(function: Callable[[], Result]) -> Result | None:

@@ -101,7 +101,10 @@ def measure(rank: int, num_ranks: int) -> dict[Any, tuple[float, float, bool]]:
     return found
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("num_ranks", [1, pytest.param(2, marks=SLOW), pytest.param(3, marks=SLOW), 4])
 def test_rows_on_ranks_are_one_image(num_ranks: int) -> None:
     worlds = [measure(0, 1)] if num_ranks == 1 else run_on_ranks(measure, num_ranks, num_ranks, timeout_s=200)
     for found in worlds:
