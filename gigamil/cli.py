@@ -150,6 +150,11 @@ def _parser() -> argparse.ArgumentParser:
         "--slide", action="append", default=[], metavar="ID|FILE", help="slide id, or a new slide file"
     )
     heatmap.add_argument("--mpp", type=_positive, help="micron per pixel of new slide files that carry none")
+    heatmap.add_argument(
+        "--saliency",
+        action="store_true",
+        help="also draw the size of the gradient of the predicted class's logit by the pixels; dense encoders only",
+    )
     verb("run", _run, "tile, split, train, evaluate, heatmap; what is done is skipped")
     return parser
 
@@ -400,7 +405,8 @@ def _evaluate(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
 def _heatmap(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     from gigamil.pipeline import draw_heatmaps
 
-    for path in draw_heatmaps(_load(arguments, overrides), arguments.slide, mpp=arguments.mpp):
+    config = _load(arguments, overrides)
+    for path in draw_heatmaps(config, arguments.slide, mpp=arguments.mpp, saliency=arguments.saliency):
         print(path)
     return 0
 

@@ -35,7 +35,9 @@ from gigamil.evaluate.picture import ReadTiles
 from gigamil.evaluate.predict import SlidePrediction, load_model, predict_slides
 from gigamil.evaluate.predictions import FILE_NAME, Predictions, read_predictions, write_predictions
 from gigamil.evaluate.report import evaluate_run, write_report
+from gigamil.evaluate.saliency_maps import Saliencies, refuse_tile_encoder
 from gigamil.evaluate.summary import Evaluation
+from gigamil.models.slide_model import SlideModel
 from gigamil.parallel.topology import Topology
 from gigamil.registry import import_plugins
 from gigamil.shards.read import ShardSet
@@ -126,6 +128,7 @@ def draw_heatmaps(
     *,
     lesions_um: Mapping[str, Sequence[Box]] | None = None,
     mpp: float | None = None,
+    saliency: bool = False,
 ) -> list[Path]:
     """Draw attention heatmaps of evaluated slides, or of slide files that the run has never seen.
 
@@ -136,22 +139,34 @@ def draw_heatmaps(
             also where a file or folder has that name.
         lesions_um: known lesions to outline, micron from the level-0 origin.
         mpp: of slide files that carry none.
+        saliency: also compute and draw how much each part of a slide moves the logit of the class that it is predicted to
+            be, with the best checkpoint; for runs with a dense encoder.
     Returns:
-        PNG and GeoJSON files.
+        PNG, GeoJSON and TIFF files.
     Raises:
-        ConfigError: the run was trained with another configuration, or new slides would get features of another encoder.
+        ConfigError: the run was trained with another configuration, or new slides would get features of another encoder,
+            or saliency is asked of an encoder of tiles.
     """
     out = config.bookkeeping.out
+    model = _saliency_model(config) if saliency else None
     known = read_predictions(out / FILE_NAME).slide_ids if (out / FILE_NAME).is_file() else ()
     files = [Path(name) for name in slides if name not in known and Path(name).exists()]
     ids = [name for name in slides if name in known or not Path(name).exists()]
     drawn: list[Path] = []
     if files:
-        drawn += _heatmap_new(config, files, mpp, lesions_um)
+        drawn += _heatmap_new(config, files, mpp, lesions_um, model)
     if ids or not files:
         shards = open_tiles(config, load_cohort(config.cohort, need_labels=False, need_files=False))
         number = config.bookkeeping.heatmaps
-        drawn += heatmap_run(out, shards, ids or None, number, lesions_um=lesions_um, **_sights(config, shards))
+        drawn += heatmap_run(
+            out,
+            shards,
+            ids or None,
+            number,
+            lesions_um=lesions_um,
+            saliency=_saliencies(config, model, shards),
+            **_sights(config, shards),
+        )
         write_report(out)
         _track_files(config, [out / "heatmaps", out / "report.html"])
     return drawn
@@ -290,8 +305,29 @@ def _predict_into(
     write_predictions(folder / FILE_NAME, predictions)
 
 
+def _saliency_model(config: RunConfig) -> SlideModel:
+    """The best model of a run with a dense encoder, before anything else is done."""
+    data = load_training_data(config)
+    _refuse_other_checkpoint(config, data)
+    model = load_model(config, len(data.splits.classes), dim=data.dim)
+    refuse_tile_encoder(model, config)
+    return model
+
+
+def _saliencies(
+    config: RunConfig, model: SlideModel | None, shards: TiledSlides, paths: Mapping[str, Path] | None = None
+) -> Saliencies | None:
+    if model is None:
+        return None
+    return Saliencies(config, model, shards, choose_device(config.execution.device, Topology()), paths)
+
+
 def _heatmap_new(
-    config: RunConfig, files: Sequence[Path], mpp: float | None, lesions_um: Mapping[str, Sequence[Box]] | None
+    config: RunConfig,
+    files: Sequence[Path],
+    mpp: float | None,
+    lesions_um: Mapping[str, Sequence[Box]] | None,
+    model: SlideModel | None,
 ) -> list[Path]:
     folder = config.bookkeeping.out / "new_slides"
     if config.data.source == "features" and config.data.features is not None:
@@ -322,7 +358,8 @@ def _heatmap_new(
     _refuse_other_encoder(data.shards, shards, names)
     paths = {name: path.resolve() for name, path in zip(names, files, strict=True)}
     _predict_into(folder, config, shards, names, None, paths)
-    return heatmap_run(folder, shards, names, lesions_um=lesions_um, **_sights(new, shards, paths))
+    saliency = _saliencies(config, model, shards, paths)
+    return heatmap_run(folder, shards, names, lesions_um=lesions_um, saliency=saliency, **_sights(new, shards, paths))
 
 
 def _refuse_other_encoder(trained: TiledSlides, new: TiledSlides, names: Sequence[str]) -> None:

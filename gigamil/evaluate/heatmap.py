@@ -1,9 +1,9 @@
-"""Heatmaps of a run: for each slide one picture and one GeoJSON, from its attention and its shards; no slide file.
+"""Heatmaps of a run: for each slide a picture, a GeoJSON and a TIFF, from its attention and its shards; no slide file.
 
 Of features alone there is no picture of the slide: attention is then drawn on a plain background.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
@@ -15,14 +15,17 @@ from gigamil.data.features import FeatureSet
 from gigamil.data.source import TilePlaces
 from gigamil.errors import CohortError, ShardError
 from gigamil.evaluate.attention import Attention, Box, attention_path, read_attention
+from gigamil.evaluate.attention_tiff import write_attention_tiff
 from gigamil.evaluate.geojson import write_geojson
 from gigamil.evaluate.heatmap_figure import STRIP_TILES, Pixels, draw_heatmap
 from gigamil.evaluate.picture import WANTED_PX, ReadTiles, read_tiles, slide_picture
 from gigamil.evaluate.predictions import FILE_NAME, Predictions, read_predictions
+from gigamil.evaluate.saliency_figure import draw_saliency, saliency_note, write_saliency_tiff
+from gigamil.evaluate.saliency_maps import Saliency
+from gigamil.shards.manifest import SlideManifest
 
 if TYPE_CHECKING:
     from gigamil.data.features import SlideFeatures
-    from gigamil.shards.manifest import SlideManifest
     from gigamil.shards.read import ShardSet
 
 FOLDER = "heatmaps"
@@ -42,8 +45,9 @@ def heatmap_run(
     lesions_um: Mapping[str, Sequence[Box]] | None = None,
     pictures: "ShardSet | None" = None,
     read: ReadTiles | None = None,
+    saliency: Callable[[str, int], Saliency] | None = None,
 ) -> list[Path]:
-    """Draw `<run>/heatmaps/<slide_id>.png` and write `<slide_id>.geojson` beside it.
+    """Draw `<run>/heatmaps/<slide_id>.png` and write `<slide_id>.geojson` and `<slide_id>.tiff` beside it.
 
     Args:
         run: folder with predictions.csv and attention/, as `gigamil evaluate` leaves it.
@@ -55,8 +59,10 @@ def heatmap_run(
         lesions_um: known lesions to outline, micron from the level-0 origin.
         pictures: of features: the shards that these slides may have, for thumbnails and tiles.
         read: reads and decodes tiles; None reads those that are stored.
+        saliency: (slide id, class number) -> saliency for the logit of that class. With it, that of the predicted class
+            is drawn as `<slide_id>.saliency.png` and written as `<slide_id>.saliency.tiff`.
     Returns:
-        The files written, two per slide, in the order of the slides.
+        The files written, slide by slide: PNG, GeoJSON and TIFF, then those of saliency.
     Raises:
         CohortError: a named slide was not predicted.
         ShardError: attention or shards of a slide are missing, damaged, or do not belong together.
@@ -81,6 +87,8 @@ def heatmap_run(
         files += _heatmap_slide(
             run, attention, shards.manifest(slide_id), drawn, note, geojson_tiles, boxes.get(slide_id, ()), read
         )
+        if saliency is not None and drawn is not None:
+            files += _saliency_slide(run, attention, drawn, predictions, row, read, saliency)
     return files
 
 
@@ -93,9 +101,9 @@ def _heatmap_slide(
     geojson_tiles: int,
     boxes_um: Sequence[Box],
     read: ReadTiles | None,
-) -> tuple[Path, Path]:
+) -> tuple[Path, ...]:
     slide_id = attention.slide_id
-    png, geojson = (run / FOLDER / f"{slide_id}.{kind}" for kind in ("png", "geojson"))
+    png, geojson, tiff = (run / FOLDER / f"{slide_id}.{kind}" for kind in ("png", "geojson", "tiff"))
     top_tiles: list[Pixels] = []
     if shards is None:
         picture_HW3, mpp = _plain_picture(attention)
@@ -113,7 +121,33 @@ def _heatmap_slide(
         bounds_x_px0=manifest.bounds_x_px0,
         bounds_y_px0=manifest.bounds_y_px0,
     )
-    return png, geojson
+    write_attention_tiff(tiff, attention, *_slide_um(manifest))
+    return png, geojson, tiff
+
+
+def _saliency_slide(
+    run: Path,
+    attention: Attention,
+    shards: "ShardSet",
+    predictions: Predictions,
+    row: int,
+    read: ReadTiles | None,
+    saliency: Callable[[str, int], Saliency],
+) -> tuple[Path, Path]:
+    slide_id, called = attention.slide_id, predictions.predicted[row]
+    png, tiff = (run / FOLDER / f"{slide_id}.saliency.{kind}" for kind in ("png", "tiff"))
+    found = saliency(slide_id, predictions.classes.index(called))
+    note = f"{_prediction_words(predictions, row)}. {saliency_note(called, found.square_px)}"
+    draw_saliency(*slide_picture(shards, slide_id, read), attention, found, png, title=slide_id, note=note)
+    write_saliency_tiff(tiff, found)
+    return png, tiff
+
+
+def _slide_um(manifest: "SlideManifest | SlideFeatures") -> tuple[float, float]:
+    """Width and height of the slide, micron; 0 of features, which do not tell."""
+    if not isinstance(manifest, SlideManifest):
+        return 0.0, 0.0
+    return manifest.width_px0 * manifest.mpp_x, manifest.height_px0 * manifest.mpp_y
 
 
 def _shards_of(attention: Attention, features: "FeatureSet", pictures: "ShardSet | None") -> "ShardSet | None":

@@ -97,8 +97,8 @@ def draw_heatmap(
     """
     size_um = thumbnail_HW3.shape[1] * thumb_mpp, thumbnail_HW3.shape[0] * thumb_mpp
     extent = (0.0, size_um[0], size_um[1], 0.0)
-    view = _view(attention, *size_um)
-    page = _Page.of(view, with_strip=len(top_tiles) > 0)
+    view = tiles_view(attention, *size_um)
+    page = Page.of(view, with_strip=len(top_tiles) > 0)
     strip = top_tiles[:STRIP_TILES]
     with drawing(out_png, page.width, page.height, constrained=False) as figure:
         page.text(figure, 0.24, title, 13, "bold")
@@ -107,7 +107,7 @@ def draw_heatmap(
         slide_axes.imshow(thumbnail_HW3, extent=extent, interpolation="antialiased")
         slide_axes.set_title("Slide, known lesions in blue" if len(boxes_um) else "Slide")
         _outline(slide_axes, view, attention, len(strip), boxes_um)
-        map_axes.imshow(_faded(thumbnail_HW3), extent=extent, interpolation="antialiased")
+        map_axes.imshow(faded(thumbnail_HW3), extent=extent, interpolation="antialiased")
         map_axes.set_title("Attention")
         for axes in (slide_axes, map_axes):
             axes.set(xticks=[], yticks=[], anchor="NW")
@@ -116,7 +116,7 @@ def draw_heatmap(
         for axes in (slide_axes, map_axes):
             axes.set(xlim=(view.x0, view.x1), ylim=(view.y1, view.y0))
         _draw_colour_bar(figure, page.axes(figure, *page.colour_bar()), *scale)
-        _draw_scale_bar(slide_axes, view, page.panel_height)
+        draw_scale_bar(slide_axes, view, page.panel_height)
         _draw_strip(figure, page, strip, attention)
 
 
@@ -129,7 +129,7 @@ def concentration(attention: Attention) -> str:
 
 
 @dataclass(frozen=True)
-class _Page:
+class Page:
     """Where things lie, in inches from the upper left corner: figures of slides have as many shapes as slides."""
 
     panel_width: float
@@ -138,12 +138,12 @@ class _Page:
     with_strip: bool
 
     @staticmethod
-    def of(view: View, *, with_strip: bool) -> "_Page":
+    def of(view: View, *, with_strip: bool) -> "Page":
         aspect = view.width / view.height
         if aspect >= WIDE_VIEW:
-            return _Page(9.4, max(2.0, 9.4 / aspect), True, with_strip)
+            return Page(9.4, max(2.0, 9.4 / aspect), True, with_strip)
         height = min(4.7 / aspect, 6.5)
-        return _Page(max(2.6, height * aspect), height, False, with_strip)
+        return Page(max(2.6, height * aspect), height, False, with_strip)
 
     @property
     def width(self) -> float:
@@ -192,7 +192,7 @@ class _Page:
         figure.text(*place, words.replace("$", r"\$"), va="center", fontsize=size, fontweight=weight)
 
 
-def _view(attention: Attention, width_um: float, height_um: float) -> View:
+def tiles_view(attention: Attention, width_um: float, height_um: float) -> View:
     """The tiles and a margin, within the slide; a grid may hang over its edge."""
     x_um, y_um, (tile_w, tile_h) = attention.x_um_N, attention.y_um_N, attention.tile_um
     x0, x1 = x_um.min(), min(x_um.max() + tile_w, width_um)
@@ -201,7 +201,7 @@ def _view(attention: Attention, width_um: float, height_um: float) -> View:
     return View(max(x0 - margin, 0), max(y0 - margin, 0), min(x1 + margin, width_um), min(y1 + margin, height_um))
 
 
-def _faded(image_HW3: Pixels) -> Pixels:
+def faded(image_HW3: Pixels) -> Pixels:
     """Pale grey, so that colour is attention only."""
     grey_HW = image_HW3.astype(np.float32) @ np.array([0.299, 0.587, 0.114], dtype=np.float32)
     pale_HW = (255 - 0.6 * (255 - grey_HW)).astype(np.uint8)
@@ -216,6 +216,11 @@ def attention_colours(attention: Attention) -> Floats:
     rgba_N4[above_N] = cmap(norm(attention.times_even_N[above_N]))
     rgba_N4[above_N, 3] = OPACITY
     return rgba_N4
+
+
+def on_white(rgba_N4: Floats) -> Pixels:
+    """Colours with their opacity as they look on white, uint8 (N, 3)."""
+    return np.rint(255 * (rgba_N4[:, :3] * rgba_N4[:, 3:] + 1 - rgba_N4[:, 3:])).astype(np.uint8)
 
 
 def _scale(attention: Attention) -> tuple["LogNorm", "Colormap"]:
@@ -296,7 +301,7 @@ def _frame(axes: "Axes", boxes_um: Sequence[Box], colour: str) -> None:
         axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, **style))
 
 
-def _draw_scale_bar(axes: "Axes", view: View, panel_height_in: float) -> None:
+def draw_scale_bar(axes: "Axes", view: View, panel_height_in: float) -> None:
     """A bar below the panel, where it hides no tissue."""
     length = scale_bar_um(view.longer)
     words = f"{length:g} µm" if length < 1000 else f"{length / 1000:g} mm"
@@ -313,7 +318,7 @@ def scale_bar_um(side_um: float) -> float:
     return float(max(step * decade for step in (1, 2, 5) if step * decade <= side_um / 5))
 
 
-def _draw_strip(figure: "Figure", page: _Page, strip: Sequence[Pixels], attention: Attention) -> None:
+def _draw_strip(figure: "Figure", page: Page, strip: Sequence[Pixels], attention: Attention) -> None:
     if len(strip):
         words = f"Most attended tiles, {attention.tile_um[0]:.4g} µm a side (black frames)"
         page.text(figure, page.panels_bottom + FOOTER + 0.08, words, 11, "bold")

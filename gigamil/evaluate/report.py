@@ -169,8 +169,8 @@ def _heatmaps_section(run: Path, predictions: Predictions) -> Html:
     more = f" The first {len(shown)} of {len(drawn)} are shown." if len(shown) < len(drawn) else ""
     words = (
         "Attention says where the model looked to decide, not what the tissue is. 1× is the share of a tile if all were "
-        "equal. A GeoJSON of the most attended tiles lies beside each picture in heatmaps/, for QuPath (File > Import "
-        "objects from file)." + more
+        "equal. Beside each picture in heatmaps/ lie a GeoJSON of the most attended tiles, for QuPath (File > Import "
+        "objects from file), and the attention of the whole slide as a TIFF that opens as a slide." + more
     )
     pictures = [
         tag("figure", image(run / HEATMAPS / f"{slide_id}.png", f"Attention of slide {slide_id}", photo=True))

@@ -5,9 +5,11 @@ import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 
+import openslide
 import pytest
 from PIL import Image
 
+from gigamil.cli import main
 from gigamil.config.load import to_yaml
 from gigamil.config.schema import RunConfig
 from gigamil.testing.slides import make_demo_cohort
@@ -29,7 +31,9 @@ RUN_FILES = (
 
 
 @pytest.mark.timeout(600)
-def test_from_slide_files_to_a_report(tmp_path: Path, gigamil: Callable[..., object]) -> None:
+def test_from_slide_files_to_a_report(
+    tmp_path: Path, gigamil: Callable[..., object], capsys: pytest.CaptureFixture[str]
+) -> None:
     table = make_demo_cohort(tmp_path / "cohort", num_slides=18, size_px=(500, 700), progress=False)
     config = RunConfig.model_validate(
         {
@@ -65,6 +69,10 @@ def test_from_slide_files_to_a_report(tmp_path: Path, gigamil: Callable[..., obj
     [png] = (out / "heatmaps").glob("*.png")
     with Image.open(png) as image:
         assert image.size[0] > 500
+    with openslide.OpenSlide(png.with_suffix(".tiff")) as cells:
+        assert float(cells.properties["openslide.mpp-x"]) == pytest.approx(64.0, rel=1e-4)
+    assert (out / "artifacts").is_dir()
+    assert list((out / "artifacts").rglob(f"heatmaps/{png.stem}.tiff"))
     with sqlite3.connect(out / "mlflow.db") as store:
         assert store.execute("select status from runs").fetchall() == [("FINISHED",)]
         keys = {key for (key,) in store.execute("select distinct key from metrics")}
@@ -80,6 +88,10 @@ def test_from_slide_files_to_a_report(tmp_path: Path, gigamil: Callable[..., obj
     changed = gigamil("run", yaml, "--science.optim.lr_head", "0.5")
     assert changed.wait() == 2
     assert "different: science.optim.lr_head" in changed.output()
+
+    assert main(["heatmap", str(yaml), "--saliency"]) == 2
+    assert "'small_cnn' of this run sees tiles one by one. Set science.encoder.dense" in capsys.readouterr().err
+    assert not list((out / "heatmaps").glob("*.saliency.*"))
 
     new = gigamil("heatmap", yaml, "--slide", next((tmp_path / "cohort" / "slides").glob("demo-*.tiff")))
     assert new.wait() == 0, new.output()

@@ -44,3 +44,17 @@ def test_openslide_shows_each_tile_where_it_lies(tmp_path: Path, size: tuple[int
     first = out.read_bytes()
     write_attention_tiff(out, attention, num_x * 128.0 - 60, num_y * 130.0 - 1)
     assert out.read_bytes() == first
+
+
+def test_overlapping_tiles_have_a_pixel_each_and_of_tiles_on_one_pixel_the_most_attended_is_seen(
+    tmp_path: Path,
+) -> None:
+    x_um_N = np.array([0.0, 64.0, 128.0, 192.0, 188.0])  # tiles of 128 um at strides of 64; the last two share a pixel
+    weight_N = np.array([1, 1, 1, 95, 2], np.float32)
+    number_N = np.arange(5)
+    attention = Attention("s", number_N, x_um_N, np.zeros(5), weight_N / 100, (128.0, 64.0), (64.0, 64.0))
+    write_attention_tiff(tmp_path / "s.tiff", attention, 0.0, 0.0)
+    with openslide.OpenSlide(tmp_path / "s.tiff") as slide:
+        assert slide.dimensions == (4, 1)
+        light = np.asarray(slide.read_region((0, 0), 0, (4, 1)).convert("RGB")).astype(int)[0].sum(axis=1)
+    assert light[3] < light[0] == light[1] == light[2] < 3 * 255

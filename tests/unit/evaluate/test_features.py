@@ -212,7 +212,7 @@ def test_attention_on_features_is_drawn_on_the_slide_or_on_a_plain_one(
     drawn = []
     monkeypatch.setattr(heatmap, "draw_heatmap", lambda *words, **names: drawn.append((words[0], names)))
     pictures = None if shards_are == "missing" else ShardSet(root)
-    _, geojson = heatmap.heatmap_run(tmp_path, features, ["s00"], pictures=pictures)
+    _, geojson, _ = heatmap.heatmap_run(tmp_path, features, ["s00"], pictures=pictures)
     ((picture_HW3, words),) = drawn
     assert ("its features are all that is here" in words["note"]) == (not has_picture)
     assert len(words["top_tiles"]) == (8 if has_picture else 0)

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import openslide
 import pytest
 from matplotlib.figure import Figure
 from PIL import Image
@@ -98,16 +99,23 @@ def test_slides_of_any_shape_are_drawn(tmp_path: Path, columns: int, rows: int) 
 def test_heatmaps_of_a_run(run: Path, shards: ShardSet) -> None:
     files = heatmap_run(run, shards, n=3)
     # Test slides are s02 and s08 (normal), s05 (called normal) and s11 (tumour); the surest of each class in turn.
-    assert [path.name for path in files[::2]] == ["s11.png", "s05.png", "s08.png"]
+    assert [path.name for path in files[::3]] == ["s11.png", "s05.png", "s08.png"]
     assert all(path.parent == run / "heatmaps" and path.is_file() for path in files)
     features = json.loads(files[1].read_text())["features"]
     assert features[0]["properties"]["name"] == "tile 29"
     assert features[0]["geometry"]["coordinates"][0][0] == [80.0, 64.0]  # column 5, row 4 of 16-pixel tiles
+    with openslide.OpenSlide(files[2]) as slide:  # of 6 x 6 places, and a pixel for each
+        assert slide.dimensions == (6, 6)
+        assert float(slide.properties["openslide.mpp-x"]) == pytest.approx(16.0, rel=1e-4)
+        # The scale of colours starts at an even share: of weights 1 to 30 that is tile 15.
+        below, top = (slide.read_region(place, 0, (1, 1)).getpixel((0, 0))[:3] for place in [(1, 2), (5, 4)])
+    assert sum(top) < sum(below)
 
 
 def test_named_slides_once_each_in_the_order_given(run: Path, shards: ShardSet) -> None:
     files = heatmap_run(run, shards, ["s03", "s00", "s03"], geojson_tiles=2)
-    assert [path.name for path in files] == ["s03.png", "s03.geojson", "s00.png", "s00.geojson"]
+    kinds = ("png", "geojson", "tiff")
+    assert [path.name for path in files] == [f"{name}.{kind}" for name in ("s03", "s00") for kind in kinds]
     assert len(json.loads(files[1].read_text())["features"]) == 2
 
 
@@ -128,7 +136,7 @@ def test_unknown_slides_and_stale_attention_are_refused(run: Path, shards: Shard
 
 def test_a_run_without_a_test_split_shows_what_it_has(run: Path, shards: ShardSet, predictions: Predictions) -> None:
     write_predictions(run / FILE_NAME, predictions.take([0, 3]))
-    assert [path.stem for path in heatmap_run(run, shards, n=9)[::2]] == ["s03", "s00"]
+    assert [path.stem for path in heatmap_run(run, shards, n=9)[::3]] == ["s03", "s00"]
 
 
 def test_small_slides_are_sharpened_with_their_tiles(tmp_path: Path) -> None:
