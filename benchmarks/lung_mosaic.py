@@ -9,7 +9,7 @@ Expected: an AUC near 1 and attention on the tumour tiles. The tile classes diff
 ground), so this is easy, and `auc_colour`, a score of colour alone that learns nothing, says how easy: it is evidence
 that the engineering works, and no clinical result.
 
-    python benchmarks/lung_mosaic.py --tiles FOLDER [--out DIR] [--ranks 2] [--slides 64] [--build-only]
+    python benchmarks/lung_mosaic.py --tiles FOLDER [--out DIR] [--ranks 2] [--slides 64] [--dense] [--build-only]
 
 FOLDER holds lung_tiles.tar (JPEG tiles of 224 x 224 pixels) and tiles.csv (path, label, group_id = source field).
 The last line is JSON: auc, auc_ci, slides, tiles, ranks, tumour_hit, ...
@@ -198,20 +198,29 @@ def build(tiles_folder: Path, out: Path, num_slides: int, seed: int, workers: in
     return mosaic
 
 
-def run_config(out: Path, ranks: int, tile_px: int, epochs: int) -> schema.RunConfig:
-    """The run: one stored tile of `tile_px` pixels covers one source tile; strong colour jitter, as colour is a cue."""
+def run_config(out: Path, ranks: int, tile_px: int, epochs: int, dense: bool = False) -> schema.RunConfig:
+    """The run: one stored tile of `tile_px` pixels covers one source tile; strong colour jitter, as colour is a cue.
+
+    Args:
+        dense: stream a small network over the whole slide, with the head of StreamingCLAM, in place of tiles one by one.
+    """
+    encoder, aggregator, name = schema.Encoder(name="small_cnn"), schema.Aggregator(), "run"
+    if dense:
+        encoder = schema.Encoder(name="small_dense_cnn", options={"pool": tile_px // 16})
+        aggregator, name = schema.Aggregator(name="clam_sb", options={"width": 128, "hidden": 64, "k": 8}), "run_dense"
     return schema.RunConfig(
         cohort=schema.Cohort(table=out / "slides.csv", classes=CLASSES),
         slides=schema.Slides(tile_px=tile_px, tile_mpp=MOSAIC_MPP * CELL_PX / tile_px, min_tissue=0.2),
         science=schema.Science(
-            encoder=schema.Encoder(name="small_cnn"),
+            encoder=encoder,
+            aggregator=aggregator,
             augment=schema.Augment(brightness=0.2, contrast=0.2, saturation=0.3, stain=0.2),
             optim=schema.Optim(lr_encoder=1e-3, lr_head=1e-3, warmup_steps=16),
             epochs=epochs,
             slides_per_step=4,
         ),
         execution=schema.Execution(ranks=ranks),
-        bookkeeping=schema.Bookkeeping(out=out / "run", experiment="lung_mosaic", name="lung_mosaic"),
+        bookkeeping=schema.Bookkeeping(out=out / name, experiment="lung_mosaic", name="lung_mosaic"),
     )
 
 
@@ -248,6 +257,9 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--tile-px", type=int, default=64, help="side to which a source tile is reduced")
     parser.add_argument("--seed", type=int, default=0, help="seed of the mosaics")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that draw slides")
+    parser.add_argument(
+        "--dense", action="store_true", help="a network over the whole slide, and CLAM (docs/streaming.md)"
+    )
     parser.add_argument("--build-only", action="store_true", help="write the slides and stop")
     args = parser.parse_args(words)
 
@@ -256,7 +268,7 @@ def main(words: Sequence[str] | None = None) -> None:
     mosaic = build(args.tiles, out, args.slides, args.seed, args.workers)
     if args.build_only:
         return
-    config = run_config(out, args.ranks, args.tile_px, args.epochs)
+    config = run_config(out, args.ranks, args.tile_px, args.epochs, args.dense)
     result = run_pipeline(config)
     shards = ShardSet(config.bookkeeping.shard_root)
     with (out / "slides.csv").open(newline="", encoding="utf-8") as handle:
@@ -265,7 +277,7 @@ def main(words: Sequence[str] | None = None) -> None:
         "auc": result["auc"],
         "auc_ci": result["auc_ci"],
         "auc_colour": colour_auc(rows, mosaic["bluest"]),
-        **tumour_attention(out / "run", rows, mosaic["tumour_um"]),
+        **tumour_attention(config.bookkeeping.out, rows, mosaic["tumour_um"]),
         "slides": len(rows),
         "held_out": sum(row["split"] == "test" for row in rows),
         "tiles": sum(shards.manifest(row["slide_id"]).num_tiles for row in rows),
