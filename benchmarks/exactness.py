@@ -20,9 +20,17 @@ gradient.
 
     python benchmarks/exactness.py --ranks 1,2,3,4 --zero 0,1,2,3     one aggregator
     python benchmarks/exactness.py --all                              every aggregator, every variant of it
+    python benchmarks/exactness.py --streaming                        dense encoders
 
-The last line is JSON: aggregators, cases, the largest error of a gradient of each kind (float64, the same of TransMIL,
-float32 through DeepSpeed, the same of TransMIL, bfloat16; null without a case), and how many cases failed.
+With --streaming the step of a dense encoder over blocks is compared, in float64 on 1 to 4 ranks, with the network on
+each whole slide in one graph, draws included; and on one rank the streamed grid and all gradients, also the image's,
+with those of the image at once, of sizes that the stride does not divide, two images at once, with a mask and without.
+Bounds: 1e-12 of the grid, 1e-10 of gradients. Its last line: nets, cases, the largest error of features and of a
+gradient, and how many cases failed.
+
+Without --streaming the last line is JSON of: aggregators, cases, the largest error of a gradient of each kind (float64,
+the same of TransMIL, float32 through DeepSpeed, the same of TransMIL, bfloat16; null without a case), and how many
+cases failed.
 """
 
 import argparse
@@ -36,6 +44,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -55,6 +64,7 @@ from gigamil.testing.exactness import (
 
 BOUNDS = {"float64": 1e-12, "float64, pinv": 1e-9, "bfloat16": 2.0**-8}
 WITH_PINV = ("transmil",)
+FEATURE_BOUND, GRADIENT_BOUND = 1e-12, 1e-10  # of dense encoders: whole slides are summed in another order
 TIMEOUT_S = 1200
 
 
@@ -113,39 +123,91 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def _streaming(worlds: Sequence[int]) -> int:
-    """Dense encoders: torch alone in float64, every net in each world."""
-    from gigamil.testing.dense import NETS, check_dense_cases, dense_cases
-    from gigamil.testing.ranks import run_on_ranks
+    """Dense encoders in float64 with torch alone: every net in each world, and its grid over single images."""
+    from gigamil.testing.dense import NETS
 
-    print("ranks  net                     cases  feature error  gradient error  failed  seconds")
-    worst_feature, worst_gradient, num_cases, failed = 0.0, 0.0, 0, 0
+    print("ranks  net                      cases  feature error  gradient error  failed", flush=True)
+    rows: list[StreamingRow] = []
     for ranks in worlds:
-        for net in NETS:
-            start = time.monotonic()
-            wanted = list(dense_cases(ranks, [net]))
-            by_rank = run_on_ranks(check_dense_cases, ranks, ranks, wanted, timeout_s=TIMEOUT_S)
-            of_case = [[errors[number] for errors in by_rank] for number in range(len(wanted))]
-            bad = sum(not all(e.features <= 1e-12 and e.within(1e-10) for e in errors) for errors in of_case)
-            flat = [e for errors in of_case for e in errors]
-            feature = max((e.features for e in flat), key=_nan_is_largest)
-            gradient = max((max(e[2:], key=_nan_is_largest) for e in flat), key=_nan_is_largest)
-            seconds = time.monotonic() - start
-            print(
-                f"{ranks:5}  {net:22} {len(wanted):6} {feature:14.1e} {gradient:15.1e} {bad:7} {seconds:8.0f}",
-                flush=True,
-            )
-            worst_feature = max(worst_feature, feature, key=_nan_is_largest)
-            worst_gradient = max(worst_gradient, gradient, key=_nan_is_largest)
-            num_cases, failed = num_cases + len(wanted), failed + bad
+        start = time.monotonic()
+        for row in _stream_in_turn(list(NETS)) if ranks == 1 else _stream_together(ranks, list(NETS)):
+            rows.append(row)
+            print(row.line(), flush=True)
+        print(f"       {time.monotonic() - start:.0f} s", flush=True)
+    failed = sum(row.failed for row in rows)
     summary = {
         "nets": len(NETS),
-        "cases": num_cases,
-        "worst_feature": worst_feature,
-        "worst_gradient": worst_gradient,
+        "cases": sum(row.cases for row in rows),
+        "worst_feature": max((row.feature for row in rows), key=_nan_is_largest),
+        "worst_gradient": max((row.gradient for row in rows), key=_nan_is_largest),
         "failed": failed,
     }
     print(json.dumps(summary))
     return 1 if failed else 0
+
+
+@dataclass
+class StreamingRow:
+    """Worst errors of a network over slides in one world, or over images."""
+
+    ranks: int
+    net: str
+    cases: int
+    feature: float
+    gradient: float
+    failed: int
+
+    def line(self) -> str:
+        """For the table."""
+        return (
+            f"{self.ranks:5}  {self.net:23} {self.cases:6} {self.feature:14.1e} {self.gradient:15.1e} {self.failed:7}"
+        )
+
+
+def streaming_row(ranks: int, net: str, of_case: Sequence[Sequence[tuple[float, float]]]) -> StreamingRow:
+    """Of the errors (of features, of the worst gradient) of each case on each rank; one of them bad is a failure."""
+    good = [all(f <= FEATURE_BOUND and g <= GRADIENT_BOUND for f, g in by_rank) for by_rank in of_case]
+    features, gradients = zip(*(errors for by_rank in of_case for errors in by_rank), strict=True)
+    worst = (max(errors, key=_nan_is_largest) for errors in (features, gradients))
+    return StreamingRow(ranks, net, len(good), *worst, failed=good.count(False))
+
+
+def _stream_in_turn(nets: Sequence[str]) -> Iterator[StreamingRow]:
+    """One rank; a network on each core."""
+    from multiprocessing import get_context
+
+    with ProcessPoolExecutor(mp_context=get_context("spawn"), initializer=_one_thread) as pool:
+        found = {net: pool.submit(_stream_alone, net) for net in reversed(nets)}  # the longest first
+        for net in nets:
+            yield from found[net].result()
+
+
+def _stream_alone(net: str) -> list[StreamingRow]:
+    from gigamil.testing.dense import check_dense_cases, check_image_case, dense_cases, image_cases
+
+    slides = check_dense_cases(0, 1, list(dense_cases(1, [net])))
+    images = [check_image_case(case) for case in image_cases(net)]
+    return [
+        streaming_row(1, net, [[errors.worst] for errors in slides]),
+        streaming_row(1, f"{net}, images", [[errors] for errors in images]),
+    ]
+
+
+def _stream_together(ranks: int, nets: Sequence[str]) -> Iterator[StreamingRow]:
+    from gigamil.testing.dense import check_dense_cases, dense_cases
+    from gigamil.testing.ranks import run_on_ranks
+
+    wanted = list(dense_cases(ranks, nets))
+    by_rank = run_on_ranks(check_dense_cases, ranks, ranks, wanted, timeout_s=TIMEOUT_S)
+    for net in nets:
+        numbers = [number for number, case in enumerate(wanted) if case.net == net]
+        yield streaming_row(ranks, net, [[errors[number].worst for errors in by_rank] for number in numbers])
+
+
+def _one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
 
 
 def wanted_cases(ranks: int, zero: int | None, everything: bool) -> list[Case]:

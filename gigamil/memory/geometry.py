@@ -129,15 +129,23 @@ def _layers(module: nn.Module, name: str) -> Layers:
     for kind, read in _READERS:
         if isinstance(module, kind):
             return read(module, name)
-    by_name = _BLOCKS.get(f"{type(module).__module__}.{type(module).__qualname__}")
+    by_name = _BLOCKS.get(_class_name(module))
     if by_name is not None:
         return by_name(module, name)
+    for inner_name, inner in module.named_modules():
+        # The cure for what is not known does not help a layer in it that looks at the whole image.
+        if isinstance(inner, _WHOLE_IMAGE) or _class_name(inner) == _SQUEEZE_EXCITATION:
+            _whole_image(inner, f"{name}.{inner_name}" if name and inner_name else name or inner_name)
     _refuse(
         module,
         name,
         "is not known. Give its class an attribute `geometry` (gigamil.memory.geometry.Geometry) that says where it looks, "
         "or use a ResNet or ConvNeXt of torchvision, or an nn.Sequential of convolutions, poolings and activations",
     )
+
+
+def _class_name(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 def _refuse(module: nn.Module, name: str, what: str) -> NoReturn:
@@ -180,7 +188,12 @@ def _mean_pooling(module: nn.AvgPool2d, name: str) -> Layers:
 
 def _batch_norm(module: nn.BatchNorm2d, name: str) -> Layers:
     if module.training or not module.track_running_stats:
-        _refuse(module, name, "normalises by statistics of the whole image; put it into evaluation mode")
+        _refuse(
+            module,
+            name,
+            "normalises by statistics of the whole image; put it into evaluation mode, and keep it there by wrapping the "
+            "network in gigamil.models.FrozenStatistics",
+        )
     return _NONE
 
 
@@ -259,6 +272,8 @@ def _convnext_block(module: Any, name: str) -> Layers:
     return _joined(_chain(module, name, ("block",)), _NONE)
 
 
+_WHOLE_IMAGE = (nn.GroupNorm, nn.InstanceNorm2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Upsample)
+_SQUEEZE_EXCITATION = "torchvision.ops.misc.SqueezeExcitation"
 _READERS: tuple[tuple[Any, Callable[[Any, str], Layers]], ...] = (
     (nn.Conv2d, _convolution),
     (nn.MaxPool2d, _max_pooling),
@@ -266,7 +281,7 @@ _READERS: tuple[tuple[Any, Callable[[Any, str], Layers]], ...] = (
     (nn.BatchNorm2d, _batch_norm),
     (_DROPOUTS, _dropout),
     (nn.Sequential, _sequential),
-    ((nn.GroupNorm, nn.InstanceNorm2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Upsample), _whole_image),
+    (_WHOLE_IMAGE, _whole_image),
 )
 _RESNET, _CONVNEXT = "torchvision.models.resnet", "torchvision.models.convnext"
 _BLOCKS: dict[str, Callable[[Any, str], Layers]] = {
@@ -274,5 +289,5 @@ _BLOCKS: dict[str, Callable[[Any, str], Layers]] = {
     f"{_RESNET}.Bottleneck": _residual(("conv1", "bn1", "conv2", "bn2", "conv3", "bn3")),
     f"{_CONVNEXT}.CNBlock": _convnext_block,
     f"{_CONVNEXT}.LayerNorm2d": lambda module, name: _NONE,
-    "torchvision.ops.misc.SqueezeExcitation": _whole_image,
+    _SQUEEZE_EXCITATION: _whole_image,
 }

@@ -16,8 +16,11 @@ from torch import Tensor, nn
 from gigamil.config.schema import Augment
 from gigamil.data.augment import augment_block, draw_turn, to_float
 from gigamil.data.blocks import BlockImages, SlideGrid, Turn
+from gigamil.data.images import TileImages
 from gigamil.data.pipeline import DrawKeys, StepTiles
+from gigamil.data.rows import SlideRows
 from gigamil.memory.geometry import geometry_of
+from gigamil.memory.stream import grid_blocks, stream_backward, stream_forward
 from gigamil.models.aggregator import build_aggregator
 from gigamil.models.bag import Bag, LocalPool
 from gigamil.models.dense import ChannelNorm, pooled
@@ -27,6 +30,7 @@ from gigamil.models.slide_model import SlideModel
 from gigamil.parallel.topology import Topology
 from gigamil.partition.curve import hilbert_sort
 from gigamil.partition.schedule import StepPlan, plan_steps
+from gigamil.testing.compare import gradient_error
 from gigamil.testing.exactness import (
     LEARNING_RATE,
     NUM_CLASSES,
@@ -42,12 +46,19 @@ from gigamil.testing.exactness import (
 )
 from gigamil.train.engine import skip_kernel_build
 from gigamil.train.loss import cross_entropy, slide_losses
-from gigamil.train.plain import PlainEngine
-from gigamil.train.step import ExactStep
+from gigamil.train.plain import Engine, PlainEngine
+from gigamil.train.step import ExactStep, Ranks
 
 AUGMENT = Augment(flips=True, turns=True, brightness=0.2, contrast=0.2, saturation=0.2, stain=0.1)
-# Rows, columns and share of tissue of each slide: odd shapes, one tile, nothing but a strip.
-SHAPES = (((7, 5, 0.6), (1, 1, 1.0), (4, 9, 1.0)), ((9, 9, 0.2), (3, 2, 0.7)))
+# Rows, columns and share of tissue of each slide: odd shapes, one tile, nothing but a strip; fewer tiles than ranks.
+SHAPES = (((7, 5, 0.6), (1, 1, 1.0), (4, 9, 1.0)), ((9, 9, 0.2), (3, 2, 0.7)), ((1, 2, 1.0),))
+# Chunk, and kept graphs. One cell a block; one block of 2 x 2, 4 x 4, 8 x 8 cells.
+SETTINGS = ((1, "half"), (5, "none"), (16, "half"), (64, "all"))
+# Of deep networks: strips longer than what a cell sees to both sides (867 px of ResNet-34's layer4), or to one side.
+DEEP_SHAPES = (((1, 30, 0.8), (1, 1, 1.0), (2, 3, 0.7)), ((18, 1, 0.5), (3, 2, 1.0)), ((1, 2, 1.0),))
+DEEP_SETTINGS = (((5, "none"), (16, "half")), ((1, "half"), (64, "all")), ((1, "half"),))
+NUM_STEPS = 5  # of `check_training`
+MOMENTUM = 0.9
 
 
 def _convolutions() -> tuple[nn.Sequential, int, int]:
@@ -113,10 +124,15 @@ NETS: dict[str, Callable[[], FrozenStatistics]] = {
     "convnext": lambda: _plain(_convnext),
     "resnet18 layer1": lambda: _resnet("resnet18", "layer1", 2),
     "resnet18 layer2": lambda: _resnet("resnet18", "layer2", 1),
+    "resnet50 layer2": lambda: _resnet("resnet50", "layer2", 1),
+    "resnet18 layer3": lambda: _resnet("resnet18", "layer3", 1),
     "resnet18 layer4": lambda: _resnet("resnet18", "layer4", 1),
     "resnet34 layer3": lambda: _resnet("resnet34", "layer3", 1),
-    "resnet50 layer2": lambda: _resnet("resnet50", "layer2", 1),
+    "resnet34 layer4": lambda: _resnet("resnet34", "layer4", 1),
+    "resnet50 layer3": lambda: _resnet("resnet50", "layer3", 1),
+    "resnet50 layer4": lambda: _resnet("resnet50", "layer4", 1),
 }
+DEEP = tuple(name for name in NETS if name.endswith(("layer3", "layer4")))
 
 
 @dataclass(frozen=True)
@@ -129,6 +145,7 @@ class DenseCase:
         group_size, chunk, keep: as of `exactness.Case`.
         random: slides are turned and recoloured.
         zero_stage: None for torch alone in float64; else DeepSpeed in float32.
+        exchange: ranks of a group share each slide row by row.
     """
 
     net: str
@@ -138,6 +155,7 @@ class DenseCase:
     keep: str = "half"
     random: bool = True
     zero_stage: int | None = None
+    exchange: bool = False
 
 
 class DenseErrors(NamedTuple):
@@ -151,6 +169,11 @@ class DenseErrors(NamedTuple):
     def within(self, bound: float) -> bool:
         """All of them are, and none is NaN."""
         return all(error <= bound for error in self)
+
+    @property
+    def worst(self) -> tuple[float, float]:
+        """Of the features, and of the loss and all gradients; NaN if one of them is."""
+        return self.features, float(np.max([self.loss, self.parameters, self.tiles]))
 
 
 class MemorySlides:
@@ -213,8 +236,17 @@ def labels(case: DenseCase) -> tuple[Tensor, Tensor]:
 def reference(case: DenseCase) -> tuple[Outcome, Tensor]:
     """One process, each slide through the network at once, one graph; and the embeddings (N, D) of all slides."""
     model = make_model(case.net)
+    loss, embedding_ND = _whole_slides(case, model, STEP)
+    loss.backward()
+    assert embedding_ND.grad is not None
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    return Outcome(float(loss.detach()), gradients, embedding_ND.grad), embedding_ND.detach()
+
+
+def _whole_slides(case: DenseCase, model: SlideModel, step: int) -> tuple[Tensor, Tensor]:
+    """The loss of a step, and the embeddings (N, D) of all slides, which keep their gradient."""
     images, grids = make_slides(case, _dense(model).cell_px)
-    slide_key_S = DrawKeys(SEED, slide_names(case)).slides(STEP, range(len(images)))
+    slide_key_S = DrawKeys(SEED, slide_names(case)).slides(step, range(len(images)))
     embeddings = []
     for image_HW3, grid, key in zip(images, grids, slide_key_S, strict=True):
         image_1CHW, cell_N2 = to_float(image_HW3[None], torch.float64), torch.from_numpy(grid.cell_N2)
@@ -238,11 +270,7 @@ def reference(case: DenseCase) -> tuple[Outcome, Tensor]:
     )
     logits_SK, found = model.classify(bag)
     loss_S = slide_losses(cross_entropy, logits_SK, found, label_S)
-    loss = (loss_S * weight_S).sum() / weight_S.sum()
-    loss.backward()
-    assert embedding_ND.grad is not None
-    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
-    return Outcome(float(loss.detach()), gradients, embedding_ND.grad), embedding_ND.detach()
+    return (loss_S * weight_S).sum() / weight_S.sum(), embedding_ND
 
 
 def _turned(image_1CHW: Tensor, cell_N2: Tensor, size: tuple[int, int], turn: Turn) -> tuple[Tensor, Tensor]:
@@ -266,8 +294,14 @@ def own_blocks(case: DenseCase, model: SlideModel, plan: StepPlan, topology: Top
     named = [(names[plan.slides[group[span.slide]]], span.start, span.stop) for span in spans]
     geometry = geometry_of(_dense(model).network)
     number_n = torch.cat([torch.arange(0), *(torch.arange(span.start, span.stop) for span in spans)])
+    source = MemorySlides(images, grids)
+    blocks: TileImages = BlockImages(named, source, geometry, tile_px)
+    if case.exchange:
+        shares = [plan.spans(topology.group, rank) for rank in range(topology.group_size)]
+        slide_ids = [names[plan.slides[position]] for position in group]
+        blocks = SlideRows(slide_ids, shares, topology.group_rank, source, tile_px)
     return StepTiles(
-        BlockImages(named, MemorySlides(images, grids), geometry, tile_px),
+        blocks,
         torch.cat([torch.arange(0), *(torch.full((span.num_tiles,), span.slide) for span in spans)]),
         number_n,
         torch.zeros((len(number_n), 2), dtype=torch.float64),
@@ -295,21 +329,10 @@ def distributed(case: DenseCase, world: World, wanted_ND: Tensor) -> tuple[Outco
         engine: Any = RecordingEngine(make_model(case.net), world=ranks.world)
     else:
         engine = _deepspeed_engine(case)
-    sizes = [len(grid.cell_N2) for grid in make_slides(case, 1)[1]]
-    plan = plan_steps(range(len(sizes)), sizes, len(sizes), ranks.topology.num_groups, case.group_size)[0]
+    plan, sizes = _plan(case, ranks)
     tiles = own_blocks(case, engine.module, plan, ranks.topology)
-    most = plan.max_calls(1)
-    step = ExactStep(
-        engine,
-        ranks,
-        cross_entropy,
-        chunk=case.chunk,
-        num_keep={"all": most, "half": 2, "none": 0}[case.keep],
-        keys=DrawKeys(SEED, slide_names(case)),
-        augment=partial(augment_block, settings=AUGMENT) if case.random else None,
-        turn=partial(draw_turn, settings=AUGMENT) if case.random else None,
-    )
     label_S, weight_S = labels(case)
+    step = _make_step(case, engine, ranks, plan)
     result = step.train(plan, tiles, label_S, weight_S, step=STEP, learning_rates=[LEARNING_RATE])
     found = Outcome(result.loss, engine.gradients, all_tile_gradients(engine.bag, plan, ranks))
     group = torch.tensor(plan.groups[ranks.topology.group], dtype=torch.int64)
@@ -317,6 +340,25 @@ def distributed(case: DenseCase, world: World, wanted_ND: Tensor) -> tuple[Outco
     own_nD = wanted_ND[first_S[group[tiles.slide_index_n]] + tiles.number_n]
     error = (engine.bag.embedding_nD.detach()[: len(own_nD)].double() - own_nD).norm() / own_nD.norm().clamp(min=1e-300)
     return found, float(error) if len(own_nD) else 0.0
+
+
+def _plan(case: DenseCase, ranks: Ranks) -> tuple[StepPlan, list[int]]:
+    """All slides in one step, and their tiles."""
+    sizes = [len(grid.cell_N2) for grid in make_slides(case, 1)[1]]
+    return plan_steps(range(len(sizes)), sizes, len(sizes), ranks.topology.num_groups, case.group_size)[0], sizes
+
+
+def _make_step(case: DenseCase, engine: Engine, ranks: Ranks, plan: StepPlan) -> ExactStep:
+    return ExactStep(
+        engine,
+        ranks,
+        cross_entropy,
+        chunk=case.chunk,
+        num_keep={"all": plan.max_calls(1), "half": 2, "none": 0}[case.keep],
+        keys=DrawKeys(SEED, slide_names(case)),
+        augment=partial(augment_block, settings=AUGMENT) if case.random else None,
+        turn=partial(draw_turn, settings=AUGMENT) if case.random else None,
+    )
 
 
 def _deepspeed_engine(case: DenseCase) -> RecordingDeepSpeedEngine:
@@ -328,12 +370,23 @@ def _deepspeed_engine(case: DenseCase) -> RecordingDeepSpeedEngine:
 
 
 def dense_cases(num_ranks: int, nets: Sequence[str] = tuple(NETS)) -> Iterator[DenseCase]:
-    """Shapes, group sizes, blocks of 1 to 64 cells, kept graphs, with and without draws."""
+    """Shapes, group sizes, blocks of 1 to 64 cells, kept graphs, with and without draws; of deep networks fewer."""
     for net in nets:
+        if net in DEEP:
+            yield from _deep_cases(num_ranks, net)
+            continue
         for number, shapes in enumerate(SHAPES):
             for group_size in {1, num_ranks}:
-                for chunk, keep in ((1, "half"), (5, "none"), (16, "half"), (64, "all")):
+                for chunk, keep in SETTINGS:
                     yield DenseCase(net, shapes, group_size, chunk, keep, random=(number + chunk) % 2 == 0)
+
+
+def _deep_cases(num_ranks: int, net: str) -> Iterator[DenseCase]:
+    for number, (shapes, settings) in enumerate(zip(DEEP_SHAPES, DEEP_SETTINGS, strict=True)):
+        for chunk, keep in settings:
+            # What a deep network adds is the length of its halo: over ranks one strip, and a slide with empty ranks.
+            if num_ranks == 1 or number == 2 or chunk == 16:
+                yield DenseCase(net, shapes, num_ranks, chunk, keep, random=(number + chunk) % 2 == 0)
 
 
 def check_dense_cases(rank: int, num_ranks: int, wanted: Sequence[DenseCase]) -> list[DenseErrors]:
@@ -351,3 +404,107 @@ def check_dense_cases(rank: int, num_ranks: int, wanted: Sequence[DenseCase]) ->
         found, feature_error = distributed(case, world, embedding_ND)
         errors.append(DenseErrors(feature_error, *compare(found, truth)))
     return errors
+
+
+def check_training(rank: int, num_ranks: int, case: DenseCase) -> float:
+    """Steps of SGD over blocks on all ranks, against the same steps over whole slides in one process.
+
+    Returns:
+        The largest relative difference of a parameter after `NUM_STEPS`; infinite if one has hardly moved.
+    """
+    ranks, start = World(rank, num_ranks).ranks(case.group_size), make_model(case.net)
+    wanted, found = make_model(case.net), make_model(case.net)
+    optimizer = _sgd(wanted)
+    engine = PlainEngine(found, _sgd(found), world=ranks.world)
+    plan, _ = _plan(case, ranks)
+    tiles, step, (label_S, weight_S) = (
+        own_blocks(case, found, plan, ranks.topology),
+        _make_step(case, engine, ranks, plan),
+        labels(case),
+    )
+    for number in range(NUM_STEPS):
+        optimizer.zero_grad()
+        _whole_slides(case, wanted, number)[0].backward()
+        optimizer.step()
+        step.train(plan, tiles, label_S, weight_S, step=number, learning_rates=[LEARNING_RATE])
+    errors = []
+    for was, want, is_now in zip(start.parameters(), wanted.parameters(), found.parameters(), strict=True):
+        moved = (want.detach() - was.detach()).norm() > 1e-6 * was.detach().norm()
+        error = float((is_now.detach() - want.detach()).norm() / want.detach().norm())
+        errors.append(error if moved else float("inf"))
+    return max(errors)
+
+
+def _sgd(model: SlideModel) -> torch.optim.SGD:
+    return torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM)
+
+
+@dataclass(frozen=True)
+class ImageCase:
+    """A network over images block by block, against the images at once.
+
+    Attributes:
+        net: one of `NETS`.
+        height, width: in pixels; the stride need not divide them.
+        cells: along the side of a block.
+        batch: number of images.
+        share: of the cells that are wanted; without the others' blocks the result is that of all, masked.
+    """
+
+    net: str
+    height: int
+    width: int
+    cells: int
+    batch: int = 1
+    share: float = 1.0
+
+
+class ImageErrors(NamedTuple):
+    """Relative errors: of the grid, and of the worst gradient, of the image or of a parameter."""
+
+    features: float
+    gradient: float
+
+
+def image_cases(net: str) -> Iterator[ImageCase]:
+    """Odd sizes: strips with a mask, one cell to a block, smaller than a block and than what a cell sees."""
+    with torch.device("meta"):
+        side = NETS[net]().cell_px
+    assert side is not None
+    length = 30 if net in DEEP else 12
+    yield ImageCase(net, side + 5, length * side + 7, 3, share=0.4)
+    yield ImageCase(net, length * 2 // 3 * side - 3, side + 1, 4)
+    yield ImageCase(net, 2 * side + 1, 3 * side - 1, 8, batch=2)
+    yield ImageCase(net, 2 * side + 3, 2 * side + 5, 1, batch=2, share=0.5)
+
+
+def check_image_case(case: ImageCase) -> ImageErrors:
+    """In float64, with a gradient for all pixels."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        network = NETS[case.net]().double().train().network
+        image_nCHW = torch.rand((case.batch, 3, case.height, case.width), dtype=torch.float64).requires_grad_()
+        whole_nDhw = network(image_nCHW)
+        shape = tuple(whole_nDhw.shape[2:])
+        mask_hw = torch.rand(shape) < case.share
+        mask_hw[0, -1] = True
+        cotangent_nDhw = torch.randn_like(whole_nDhw) * mask_hw
+    parameters = dict(network.named_parameters())
+
+    def gradients() -> dict[str, Tensor]:
+        leaves = parameters | {"image": image_nCHW}
+        found = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+        for leaf in leaves.values():
+            leaf.grad = None
+        return found
+
+    whole_nDhw.backward(cotangent_nDhw)
+    wanted, wanted_nDhw = gradients(), whole_nDhw.detach() * mask_hw
+    geometry = geometry_of(network)
+    assert geometry.grid_shape(case.height, case.width) == shape
+    blocks = grid_blocks(geometry, case.height, case.width, case.cells, mask_hw.numpy())
+    read = lambda top, bottom, left, right: image_nCHW[:, :, top:bottom, left:right]
+    found_nDhw = stream_forward(network, blocks, read, shape) * mask_hw
+    stream_backward(network, blocks, read, cotangent_nDhw)
+    error = float((found_nDhw - wanted_nDhw).norm() / wanted_nDhw.norm())
+    return ImageErrors(error, gradient_error(gradients(), wanted))

@@ -5,8 +5,9 @@ from collections import OrderedDict
 import pytest
 import torch
 from torch import Tensor, nn
-from torchvision.models import mobilenet_v3_small
+from torchvision.models import efficientnet_b0, mobilenet_v2, mobilenet_v3_small
 from torchvision.models.convnext import CNBlock
+from torchvision.ops.misc import SqueezeExcitation
 
 from gigamil.errors import ConfigError
 from gigamil.memory.geometry import Geometry, geometry_of, refuse_wrong_geometry
@@ -62,7 +63,14 @@ def named(**layers: nn.Module) -> nn.Sequential:
             named(a=nn.TransformerEncoderLayer(4, 1)),
             "layer 'a' .* is not known. Give its class an attribute `geometry`",
         ),
-        (mobilenet_v3_small(weights=None).features.eval(), "is not known"),
+        (named(a=CONV, se=SqueezeExcitation(4, 2)), r"layer 'se' \(SqueezeExcitation\) looks at the whole image"),
+        # Inside of blocks that are not known either: to say where those look would not help.
+        (
+            efficientnet_b0(weights=None).features.eval(),
+            r"layer '1\.0\.block\.1' \(SqueezeExcitation\) looks at the whole image",
+        ),
+        (mobilenet_v3_small(weights=None).features.eval(), r"layer '1\.block\.1' \(SqueezeExcitation\) looks at"),
+        (mobilenet_v2(weights=None).features.eval(), r"layer '1' \(InvertedResidual\) is not known"),
         (nn.Softmax2d(), r"layer '\(the network\)'"),
     ],
 )
