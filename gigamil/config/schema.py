@@ -201,7 +201,9 @@ class Execution(Section):
 
     ranks: Count = Field(1, description="processes that `gigamil train` starts on this machine")
     group_size: Count | None = Field(None, description="ranks that pool one set of slides; default: all")
-    chunk: Count = Field(64, description="tiles per encoder call")
+    chunk: Count | None = Field(
+        64, description="tiles per encoder call; null: of a dense encoder what computes least within memory_budget"
+    )
     memory: Literal["auto", "keep", "replay"] = Field(
         "auto", description="graphs of chunks kept for backward, or encoded again; auto: keep what fits"
     )
@@ -237,6 +239,11 @@ class Execution(Section):
     shard_cache: Path | None = Field(None, description="folder on this node's own disk for copies of the shards")
     shard_cache_gb: Positive = Field(100.0, description="size of shard_cache; what was used longest ago goes")
     timeout_s: Positive = Field(120.0, description="longest wait in a collective before the run is given up")
+
+    @property
+    def tiles_per_call(self) -> int:
+        """`chunk`; 64 where that is null, and nothing is chosen by memory."""
+        return 64 if self.chunk is None else self.chunk
 
     @model_validator(mode="after")
     def _offload_has_a_stage(self) -> "Execution":

@@ -239,7 +239,7 @@ def _encode(
 ) -> np.ndarray:
     """Embeddings of a slide's tiles, float32 (N, D)."""
     embedding_ND = np.empty((tiles.num_tiles, encoder.dim), dtype=np.float32)
-    ranges = list(chunk_ranges(tiles.num_tiles, config.execution.chunk))
+    ranges = list(chunk_ranges(tiles.num_tiles, config.execution.tiles_per_call))
     is_narrow = config.science.precision == "bfloat16"
     with ChunkFeed(tiles.images, device, cache_bytes=0) as feed:
         for number, (start, stop) in enumerate(ranges):

@@ -96,7 +96,7 @@ def predict_slides(
         PlainEngine(model.to(device)),
         Ranks(topology),
         losses[config.science.loss],
-        chunk=config.execution.chunk if has_encoder else FEATURE_ROWS,
+        chunk=config.execution.tiles_per_call if has_encoder else FEATURE_ROWS,
         num_keep=0,
         keys=DrawKeys(0, slide_ids),  # never drawn from: prediction has no dropout and no augmentation
         cache_bytes=share(device=device),

@@ -90,7 +90,7 @@ class Saliencies:
         self._config, self._model = config, model.to(device).requires_grad_(False)
         self._shards, self._device, self._paths = shards, device, paths
         self._geometry = dense_geometry(model.encoder, config.slides)
-        self._chunk = config.execution.chunk
+        self._chunk = config.execution.tiles_per_call
 
     def __call__(self, slide_id: str, class_number: int) -> Saliency:
         """Saliency of a slide for the logit of a class.

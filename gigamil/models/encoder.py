@@ -213,7 +213,14 @@ def build_encoder(part: "Encoder") -> TileEncoder:
     dense = {} if part.dense is None else {"dense": part.dense, "pool": part.pool, "pool_kind": part.pool_kind}
     try:
         backbone = encoders[part.name](**part.options, **dense)
-    except TypeError as error:
+    except (TypeError, ConfigError) as error:
+        if dense and "'dense'" in str(error):
+            raise ConfigError(
+                f"science.encoder.dense={part.dense} is for torchvision's ResNets, not for encoder '{part.name}'. A network of "
+                "your own is dense if it has `cell_px` and `network` (docs/streaming.md)."
+            ) from error
+        if isinstance(error, ConfigError):
+            raise
         raise ConfigError(f"science.encoder.options do not fit encoder '{part.name}': {error}") from error
     dim = getattr(backbone, "dim", None)
     if not (isinstance(dim, int) and dim > 0):

@@ -1,15 +1,26 @@
-"""What a run needs to know of a dense encoder before it begins: where its cells look."""
+"""What a run needs to know of a dense encoder before it begins: where its cells look, and what its blocks cost."""
 
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
+import numpy as np
 from torch import nn
 
+from gigamil.data.blocks import SlideGrid
 from gigamil.errors import ConfigError
 from gigamil.memory.geometry import Geometry, geometry_of, refuse_wrong_geometry
+from gigamil.memory.stream import block_around
 from gigamil.models.encoder import DenseEncoder
+from gigamil.partition.blocks import block_ranges, block_side
+from gigamil.partition.halo import Net
 
 if TYPE_CHECKING:
     from gigamil.config.schema import Slides
+
+_MAX_BLOCKS = 512  # of a slide, of which the area is taken; of more, every so many
 
 
 def dense_geometry(encoder: nn.Module, slides: "Slides") -> Geometry | None:
@@ -22,7 +33,10 @@ def dense_geometry(encoder: nn.Module, slides: "Slides") -> Geometry | None:
     if not isinstance(encoder, DenseEncoder):
         return None
     network = encoder.network
-    geometry = geometry_of(network)
+    try:
+        geometry = geometry_of(network)
+    except ConfigError as error:
+        raise ConfigError(f"science.encoder cannot be run block by block: {error}") from error
     if geometry.strides != (slides.tile_px, slides.tile_px):
         rows, cols = geometry.strides
         raise ConfigError(
@@ -38,3 +52,81 @@ def dense_geometry(encoder: nn.Module, slides: "Slides") -> Geometry | None:
         )
     refuse_wrong_geometry(network, geometry)
     return geometry
+
+
+@dataclass(frozen=True)
+class BlockCost:
+    """Encoder calls of one size on some slides, or inside of a large one.
+
+    Attributes:
+        chunk: tiles per call, at most.
+        side_px: of the square of tiles of a call.
+        read_px: height and width of what is read for it, inside a slide.
+        num_calls: on these slides; 0 where there are none.
+        mean_area, largest_area: of what is read for a call, in tiles.
+        factor: pixels that are computed per pixel of a tile.
+    """
+
+    chunk: int
+    side_px: int
+    read_px: tuple[int, int]
+    num_calls: int
+    mean_area: float
+    largest_area: float
+    factor: float
+
+
+@dataclass(frozen=True)
+class BlockCosts:
+    """What blocks of any size cost.
+
+    Args:
+        geometry: of the encoder.
+        tile_px: side of a tile.
+        grids: of slides; without any, all calls are full squares inside a slide.
+    """
+
+    geometry: Geometry
+    tile_px: int
+    grids: Sequence[SlideGrid] = ()
+
+    @cached_property
+    def largest_chunk(self) -> int:
+        """From which on a block is a whole slide; without slides, one of 64 x 64 tiles."""
+        side = max((max(grid.num_y, grid.num_x) for grid in self.grids), default=64)
+        return 4 ** (side - 1).bit_length()
+
+    def at(self, chunk: int) -> BlockCost:
+        """For this `execution.chunk`.
+
+        Cost: integer arithmetic for at most 512 blocks of a slide.
+        """
+        side = block_side(chunk)
+        read_px = _inner_size(self.geometry.rows, side), _inner_size(self.geometry.cols, side)
+        area = math.prod(read_px) / self.tile_px**2
+        if not self.grids:
+            return BlockCost(chunk, side * self.tile_px, read_px, 0, area, area, area / side**2)
+        num_calls, pixels, largest = 0, 0.0, 0
+        for grid in self.grids:
+            ranges = block_ranges(np.zeros(len(grid.cell_N2), np.int64), grid.cell_N2, chunk)
+            some = ranges[:: -(-len(ranges) // _MAX_BLOCKS)]
+            sizes = [self._pixels(grid, start, stop) for start, stop in some]
+            num_calls += len(ranges)
+            pixels += sum(sizes) * len(ranges) / len(some)
+            largest = max(largest, *sizes)
+        tiles = sum(len(grid.cell_N2) for grid in self.grids)
+        mean, factor = (pixels / number / self.tile_px**2 for number in (num_calls, tiles))
+        return BlockCost(chunk, side * self.tile_px, read_px, num_calls, mean, largest / self.tile_px**2, factor)
+
+    def _pixels(self, grid: SlideGrid, start: int, stop: int) -> int:
+        cell_c2 = grid.cell_N2[start:stop]
+        (top, left), (bottom, right) = cell_c2.min(axis=0).tolist(), (cell_c2.max(axis=0) + 1).tolist()
+        size = grid.num_y * self.tile_px, grid.num_x * self.tile_px
+        return block_around(self.geometry, (top, bottom), (left, right), *size).num_pixels
+
+
+def _inner_size(net: Net, side: int) -> int:
+    """Pixels that are read along one axis for so many cells inside a large slide."""
+    before, behind = (max(0, length) for length in net.receptive_field)
+    first = -(-before // net.stride)
+    return net.block(first, first + side, (first + side) * net.stride + behind + net.stride).size

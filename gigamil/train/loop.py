@@ -33,6 +33,7 @@ from gigamil.train.engine import DeepSpeedEngine, TrainingState, deepspeed_confi
 from gigamil.train.identity import refuse_other_run, run_identity
 from gigamil.train.loss import class_weights, losses
 from gigamil.train.memory import MemoryMeter, import_encoder, peak_memory_bytes
+from gigamil.train.plan import best_chunk
 from gigamil.train.prepare import prepare_model, warm_start
 from gigamil.train.recorder import Recorder
 from gigamil.train.records import git_commit, versions
@@ -155,8 +156,9 @@ class Trainer:
         self._class_weight_K = class_weights(science.class_weights, self._train.label_S.tolist(), num_classes)
         model = build_model(science, num_classes, self.data.dim)
         model.train()
-        prepare_model(model, self.config, self._train, self._val, self._ranks.topology, self._device)
         self._geometry = dense_geometry(model.encoder, self.config.slides)
+        self._largest_chunk = self._own_chunk(model)
+        prepare_model(model, self.config, self._train, self._val, self._ranks.topology, self._device)
         self._shares = tuple(parameters_by_rate(model.encoder.backbone, science.optim.layer_decay))
         data = self.data
         self._source = open_source(self.config, data.shards, list(data.splits.split_of()), self._device, data.paths)
@@ -183,6 +185,14 @@ class Trainer:
         if is_best_epoch_end and self._ranks.topology.rank == 0:
             self._store.mark_best(generation)  # a kill between the two pointers of a commit would lose it
         return model, state
+
+    def _own_chunk(self, model: SlideModel) -> int:
+        """`execution.chunk`; where that is null, of a dense encoder what computes least in this rank's memory."""
+        execution, topology = self.config.execution, self._ranks.topology
+        if execution.chunk is not None or self._geometry is None or execution.halo == "exchange":
+            return execution.tiles_per_call
+        sizes = self._train.sizes
+        return best_chunk(self.config, model, sizes, topology.world_size, self._device, topology.local_size)
 
     def _make_step(self, slides: SlideSet, chunk: int, num_keep: int) -> ExactStep:
         science, is_dense = self.config.science, self._geometry is not None
@@ -332,15 +342,14 @@ class Trainer:
         if self._is_on_features:
             return FEATURE_ROWS, 0  # no encoder, no graphs
         if before.num_keep is not None and before.memory_settings == self._memory_settings():
-            return before.chunk or execution.chunk, before.num_keep
+            return before.chunk or execution.tiles_per_call, before.num_keep
+        largest = self._over_ranks(self._largest_chunk, dist.ReduceOp.MIN)
         memory = execution.memory
         if execution.halo == "exchange" and memory == "auto":  # two slides take twice the memory of one
             memory = "keep" if self.config.science.slides_per_step <= self._ranks.topology.num_groups else "replay"
         if memory != "auto":
-            return execution.chunk, chunks_to_keep(memory, 0, 0)
-        chunk, chunk_bytes = fit_chunk(
-            self.engine, self._ranks, execution.chunk, self.config.slides.tile_px, self._geometry
-        )
+            return largest, chunks_to_keep(memory, 0, 0)
+        chunk, chunk_bytes = fit_chunk(self.engine, self._ranks, largest, self.config.slides.tile_px, self._geometry)
         # Gradients and the work on a chunk without its graph come beside the kept ones, and are not there yet.
         gradients = sum(
             getattr(p, "ds_numel", p.numel()) * 4 for p in self.engine.module.parameters() if p.requires_grad

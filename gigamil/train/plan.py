@@ -27,12 +27,12 @@ from torch.utils._pytree import tree_leaves
 
 from gigamil.config.schema import RunConfig
 from gigamil.data.augment import augment_tiles, to_float
+from gigamil.data.blocks import SlideGrid, slide_grid
 from gigamil.data.features import FeatureSet, features_folder
 from gigamil.data.h5 import read_features_header
 from gigamil.errors import ConfigError, GigamilError
-from gigamil.memory.budget import chunks_to_keep, free_device_memory
+from gigamil.memory.budget import chunks_to_keep, free_device_memory, memory_budget
 from gigamil.memory.checkpointing import checkpoint_blocks
-from gigamil.memory.geometry import Geometry
 from gigamil.memory.peak import CallBytes, Linear, LiveBytes, measure_calls
 from gigamil.models.aggregator import min_tiles
 from gigamil.models.bag import Bag, LocalPool, Pool, Pooled, Ranges
@@ -42,8 +42,9 @@ from gigamil.parallel.topology import Topology
 from gigamil.partition.blocks import block_side
 from gigamil.partition.schedule import StepPlan, plan_steps
 from gigamil.partition.spans import owned_range
-from gigamil.train.cohort import load_training_data
-from gigamil.train.dense import dense_geometry
+from gigamil.shards.read import ShardSet
+from gigamil.train.cohort import TrainingData, load_training_data
+from gigamil.train.dense import BlockCosts, dense_geometry
 from gigamil.train.engine import deepspeed_config, make_optimizer
 from gigamil.train.step import FEATURE_ROWS
 from gigamil.units import format_bytes
@@ -95,6 +96,7 @@ class Plan:
         traffic: bytes that a rank sends per step, by purpose.
         cost: forwards of one tile that a tile costs: 4 - f, or 5 - f with activation checkpointing; 0 on features.
         remedies: changes that would make it fit, each with its peak; empty if it fits.
+        blocks: of a dense encoder; None for one of tiles.
     """
 
     device: Literal["cpu", "cuda"]
@@ -113,6 +115,7 @@ class Plan:
     traffic: tuple[Row, ...]
     cost: float
     remedies: tuple[str, ...]
+    blocks: "Blocks | None" = None
 
     @property
     def fits(self) -> bool:
@@ -137,12 +140,61 @@ class Plan:
             "",
             f"cost per tile: {cost if self.cost else 'no encoder: its features are read'}",
         ]
+        if self.blocks is not None:
+            lines += self.blocks.lines(self)
         if self.available is None:
             return "\n".join(lines)
         lines.append(f"available: {format_bytes(self.available)}: {'it fits' if self.fits else 'IT DOES NOT FIT'}")
         if not self.fits:
             lines += ["what would make it fit:", *(f"  {words}" for words in self.remedies or ("nothing known",))]
         return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The blocks of a dense encoder.
+
+    Attributes:
+        side_px: of the tiles of a block.
+        read_px: height and width of what is read for it, inside a slide.
+        factor: pixels that are computed per pixel of a tile.
+        is_measured: of the slides of the largest step; else inside a slide, for full blocks.
+        smallest_peak: peak with blocks of one tile and no graph kept: no run takes less.
+        best_chunk: the `execution.chunk` that fits and computes least; None if none fits.
+        best_factor, best_cost, best_peak: with it.
+    """
+
+    side_px: int
+    read_px: tuple[int, int]
+    factor: float
+    is_measured: bool
+    smallest_peak: int
+    best_chunk: int | None = None
+    best_factor: float = 0.0
+    best_cost: float = 0.0
+    best_peak: int = 0
+
+    def lines(self, plan: Plan) -> list[str]:
+        """For the table."""
+        whose = "on the slides of this step" if self.is_measured else "inside a large slide"
+        (height, width), own = self.read_px, f"{self.side_px} x {self.side_px} px"
+        work = f"{plan.cost * self.factor:.2f} forwards of its own pixels"
+        found = [
+            f"blocks: {own} (execution.chunk {plan.chunk}), read with what is around them as {height} x {width} px",
+            f"  {self.factor:.2f} pixels computed per pixel of a tile, {whose}: {work}",
+            f"  smallest, execution.chunk 1: peak {format_bytes(self.smallest_peak)}",
+        ]
+        if self.best_chunk is None:
+            return found
+        if block_side(self.best_chunk) == block_side(plan.chunk):
+            found[1] += ", the least that fits"
+            return found
+        side = block_side(self.best_chunk) * self.side_px // block_side(plan.chunk)
+        found.append(
+            f"  least work that fits, execution.chunk {self.best_chunk} ({side} px): {self.best_factor:.2f} pixels per "
+            f"pixel, {self.best_cost * self.best_factor:.2f} forwards, peak {format_bytes(self.best_peak)}"
+        )
+        return found
 
 
 class _HeadBytes(NamedTuple):
@@ -170,7 +222,7 @@ class _Model:
         dim: D.
         row_bytes: of a tile, or of its features.
         has_encoder: False on features.
-        area: of an encoder call on so many tiles, in tiles: more where a dense encoder sees what lies around them.
+        blocks: of a dense encoder; None for one of tiles.
     """
 
     trained: int
@@ -183,7 +235,7 @@ class _Model:
     dim: int
     row_bytes: int
     has_encoder: bool
-    area: Callable[[int], float] = float
+    blocks: BlockCosts | None = None
 
 
 def plan_run(
@@ -213,7 +265,9 @@ def plan_run(
     ranks = config.execution.ranks if ranks is None else ranks
     _refuse_group_size(config.execution.group_size, ranks)
     device = _device(config, is_planned=device_memory is not None)
-    sizes, slides = _slide_sizes(config, tiles)
+    sizes, slides, data = _slide_sizes(config, tiles)
+    if config.execution.halo == "exchange":
+        slides += "; memory and work are those of execution.halo=read"
     if device_memory is None:
         if device == "cuda" and not torch.cuda.is_available():
             raise ConfigError(
@@ -228,11 +282,45 @@ def plan_run(
         model = build_model(science, len(config.cohort.classes or (0, 1)), _feature_dim(config)).train()
         if isinstance(model.encoder, TileEncoder):
             set_batchnorm(model.encoder, config.execution)
-    measured = _measure(config, model)
-    execution = config.execution.model_copy(update={"ranks": ranks})
-    config = config.model_copy(update={"execution": execution})
+    execution = config.execution.model_copy(update={"ranks": ranks, "chunk": config.execution.tiles_per_call})
+    is_chosen, config = config.execution.chunk is None, config.model_copy(update={"execution": execution})
+    measured = _measure(config, model, data)
+    if is_chosen and measured.blocks is not None:
+        share = execution.memory_budget or 0.5
+        budget = int(share) if share > 1 else int(device_memory * share)
+        found = _blocks(
+            config, measured, measured.blocks, sizes, _predict(config, measured, sizes, slides, device, budget)
+        )
+        config = config.model_copy(update={"execution": execution.model_copy(update={"chunk": found.best_chunk or 1})})
     plan = _predict(config, measured, sizes, slides, device, device_memory)
+    if measured.blocks is not None:
+        plan = replace(plan, blocks=_blocks(config, measured, measured.blocks, sizes, plan))
     return plan if plan.fits else replace(plan, remedies=_remedies(config, measured, sizes, plan))
+
+
+def best_chunk(
+    config: RunConfig, model: SlideModel, sizes: Sequence[int], ranks: int, device: torch.device, local_ranks: int
+) -> int:
+    """The `execution.chunk` of a dense encoder that computes least within `execution.memory_budget`; 1 if none does.
+
+    Args: as `refuse_unfit`.
+    Raises:
+        ConfigError: a budget was set that has no room for a single block, and what that takes.
+    Cost: a few forwards and backwards of a handful of tiles.
+    """
+    execution = config.execution.model_copy(update={"ranks": ranks, "chunk": config.execution.tiles_per_call})
+    config = config.model_copy(update={"execution": execution})
+    measured = _measure(config, model)
+    assert measured.blocks is not None, "an encoder of tiles has no blocks"
+    budget = memory_budget(execution.memory_budget, device, local_ranks)
+    plan = _predict(config, measured, sizes, "", _device(config), budget)
+    blocks = _blocks(config, measured, measured.blocks, sizes, plan)
+    if blocks.best_chunk is None and execution.memory_budget is not None:
+        raise ConfigError(
+            f"execution.memory_budget={execution.memory_budget:g} is {format_bytes(budget)}, and with the smallest blocks, of one "
+            f"tile, a rank takes {format_bytes(blocks.smallest_peak)}. Give it so much, or set execution.chunk to 1."
+        )
+    return blocks.best_chunk or 1
 
 
 def refuse_unfit(
@@ -298,21 +386,22 @@ def _refuse_group_size(group_size: int | None, ranks: int) -> None:
     Topology(ranks, group_size=group_size or ranks)
 
 
-def _slide_sizes(config: RunConfig, tiles: int | None) -> tuple[list[int], str]:
-    """Tiles of the slides that are trained on, and how they are known."""
+def _slide_sizes(config: RunConfig, tiles: int | None) -> tuple[list[int], str, TrainingData | None]:
+    """Tiles of the slides that are trained on, how they are known, and what knows them."""
     per_step = config.science.slides_per_step
     if tiles is not None:
-        return [tiles // per_step + (i < tiles % per_step) for i in range(per_step)], "as given"
+        return [tiles // per_step + (i < tiles % per_step) for i in range(per_step)], "as given", None
     try:
-        sizes = load_training_data(config).slides("train").sizes
-        return list(sizes), "from the features" if config.data.source == "features" else "from the shards"
+        data = load_training_data(config)
+        words = "from the features" if config.data.source == "features" else "from the shards"
+        return list(data.slides("train").sizes), words, data
     except (GigamilError, OSError) as error:
         tile_mm = config.slides.tile_px * config.slides.tile_mpp / 1000
         size = max(1, round(_TISSUE_MM2 / tile_mm**2))
         words = (
             f"{_TISSUE_MM2:g} mm2 of tissue a slide assumed, --tiles N says otherwise; its tiles are not known: {error}"
         )
-        return [size] * per_step, words
+        return [size] * per_step, words, None
 
 
 def _feature_dim(config: RunConfig) -> int | None:
@@ -331,7 +420,16 @@ def _largest_step(config: RunConfig, sizes: Sequence[int]) -> StepPlan:
     return plan_steps(range(len(largest)), largest, per_step, ranks // group_size, group_size)[0]
 
 
-def _measure(config: RunConfig, model: SlideModel) -> _Model:
+def _largest_grids(config: RunConfig, data: TrainingData | None) -> list[SlideGrid]:
+    """Where the tiles of the largest step's slides lie; none where that is not known."""
+    if data is None or not isinstance(data.shards, ShardSet):
+        return []
+    shards, slides = data.shards, data.slides("train")
+    largest = sorted(zip(slides.sizes, slides.slide_ids, strict=True), reverse=True)[: config.science.slides_per_step]
+    return [slide_grid(shards.manifest(slide_id), shards.index(slide_id)) for _, slide_id in largest]
+
+
+def _measure(config: RunConfig, model: SlideModel, data: TrainingData | None = None) -> _Model:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     all_bytes = sum(parameter.nbytes for parameter in model.parameters())
     trained_bytes = sum(parameter.nbytes for parameter in trained)
@@ -352,14 +450,8 @@ def _measure(config: RunConfig, model: SlideModel) -> _Model:
         dim=model.encoder.dim,
         row_bytes=config.slides.tile_px**2 * 3 if has_encoder else model.encoder.dim * 4,
         has_encoder=has_encoder,
-        area=float if geometry is None else functools.partial(_block_area, geometry, config.slides.tile_px),
+        blocks=None if geometry is None else BlockCosts(geometry, config.slides.tile_px, _largest_grids(config, data)),
     )
-
-
-def _block_area(geometry: Geometry, tile_px: int, num_tiles: int) -> float:
-    """Tiles that the block of a square of tiles covers, with what lies around them."""
-    side = block_side(max(1, num_tiles))
-    return math.prod(side + net.halo / tile_px for net in (geometry.rows, geometry.cols))
 
 
 def _measure_recomputed(config: RunConfig, model: SlideModel, numbers: tuple[int, int]) -> CallBytes | None:
@@ -574,8 +666,14 @@ def _predict(
     step = _largest_step(config, sizes)
     group_sizes = max((step.group_sizes(group) for group in range(len(step.groups))), key=sum)
     num_tiles = -(-sum(group_sizes) // step.group_size)
-    most_rows = execution.chunk if model.has_encoder else FEATURE_ROWS
+    most_rows = execution.tiles_per_call if model.has_encoder else FEATURE_ROWS
     chunk, num_chunks = min(most_rows, max(1, num_tiles)), step.max_calls(most_rows)
+    block = None if model.blocks is None else model.blocks.at(execution.tiles_per_call)
+    area, mean_area = float(chunk), float(chunk)
+    if block is not None:
+        # A square is cut where two ranks share it, and may hold few tiles.
+        chunk, area, mean_area = execution.tiles_per_call, block.largest_area, block.mean_area
+        num_chunks = max(num_chunks, -(-block.num_calls // step.group_size) + (step.group_size > 1))
     recomputed = None if execution.activation_checkpointing == "none" else model.recomputed()
     call = recomputed or model.call
 
@@ -598,7 +696,7 @@ def _predict(
     tile_bytes = num_tiles * model.row_bytes
     limit = execution.tile_cache if execution.tile_cache is not None else 0.25
     cache = int(limit if limit > 1 else limit * max(0, available - static))
-    held, tiles_note = _tiles(config, tile_bytes, cache, round(model.area(chunk) * model.row_bytes), on_gpu)
+    held, tiles_note = _tiles(config, tile_bytes, cache, round(area * model.row_bytes), on_gpu)
     embeddings = 2 * num_tiles * model.dim * 4
     head = model.head(group_sizes, step.group_size)
 
@@ -609,14 +707,17 @@ def _predict(
     update = (largest if stage else 0) + (0 if on_gpu else 2 * largest)  # AdamW without a fused kernel makes two
     in_files = 0 if on_gpu else 3 * trained + model.fixed
 
-    area = model.area(chunk)
     kept_chunk, later = call.kept.at(area), call.later.at(area)
     rest = static + held + embeddings + head.memory + gradients + later + max(reduced + reduction, update)
     rest += 0 if on_gpu else PROCESS_BYTES
     budget = _budget(execution.memory_budget, available, rest)
     num_kept = min(num_chunks, chunks_to_keep(execution.memory, kept_chunk, budget)) if model.has_encoder else 0
-    kept_tiles = min(num_tiles, num_kept * chunk)
-    kept = sum(call.kept.at(model.area(min(chunk, num_tiles - start))) for start in range(0, kept_tiles, chunk))
+    if block is None:
+        kept_tiles = min(num_tiles, num_kept * chunk)
+        kept = sum(call.kept.at(min(chunk, num_tiles - start)) for start in range(0, kept_tiles, chunk))
+    else:
+        kept_tiles = round(num_tiles * num_kept / num_chunks)
+        kept = num_kept * call.kept.at(mean_area)
     blind = call.blind.at(area)
     if num_kept:
         # The first backward frees a graph while gradients come into being; the next ones work beside them.
@@ -703,6 +804,27 @@ def _traffic(config: RunConfig, model: _Model, head_sent: int) -> tuple[Row, ...
     if stage == 3:
         rows.append(Row("parameters, gathered once", everything, "ZeRO 3"))
     return *rows, Row("aggregator, forward and backward", head_sent)
+
+
+def _blocks(config: RunConfig, model: _Model, costs: BlockCosts, sizes: Sequence[int], plan: Plan) -> Blocks:
+    """Of the run as it is configured, and of the size of blocks with which it would compute least."""
+    here = costs.at(config.execution.tiles_per_call)
+
+    def planned(**changes: object) -> Plan:
+        changed = config.model_copy(update={"execution": config.execution.model_copy(update=changes)})
+        return _predict(changed, model, sizes, plan.slides, plan.device, plan.available or 0)
+
+    found = Blocks(here.side_px, here.read_px, here.factor, bool(costs.grids), planned(chunk=1, memory="replay").peak)
+    chunk, best_work = 1, math.inf
+    while chunk <= costs.largest_chunk:
+        other, cost = planned(chunk=chunk), costs.at(chunk)
+        if other.fits and other.cost * cost.factor < best_work:
+            best_work = other.cost * cost.factor
+            found = replace(
+                found, best_chunk=chunk, best_factor=cost.factor, best_cost=other.cost, best_peak=other.peak
+            )
+        chunk *= 4
+    return found
 
 
 def _remedies(config: RunConfig, model: _Model, sizes: Sequence[int], plan: Plan) -> tuple[str, ...]:
