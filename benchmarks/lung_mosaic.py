@@ -205,9 +205,12 @@ def run_config(out: Path, ranks: int, tile_px: int, epochs: int, dense: bool = F
         dense: stream a small network over the whole slide, with the head of StreamingCLAM, in place of tiles one by one.
     """
     encoder, aggregator, name = schema.Encoder(name="small_cnn"), schema.Aggregator(), "run"
+    rate, slides_per_step = 1e-3, 4
     if dense:
         encoder = schema.Encoder(name="small_dense_cnn", options={"pool": tile_px // 16})
-        aggregator, name = schema.Aggregator(name="clam_sb", options={"width": 128, "hidden": 64, "k": 8}), "run_dense"
+        aggregator = schema.Aggregator(name="clam_sb", options={"width": 64, "hidden": 64, "k": 1})
+        # A slide is recoloured as a whole, so colour says less, and the instances of CLAM mislead it at first.
+        name, rate, slides_per_step = "run_dense", 2e-3, 2
     return schema.RunConfig(
         cohort=schema.Cohort(table=out / "slides.csv", classes=CLASSES),
         slides=schema.Slides(tile_px=tile_px, tile_mpp=MOSAIC_MPP * CELL_PX / tile_px, min_tissue=0.2),
@@ -215,9 +218,9 @@ def run_config(out: Path, ranks: int, tile_px: int, epochs: int, dense: bool = F
             encoder=encoder,
             aggregator=aggregator,
             augment=schema.Augment(brightness=0.2, contrast=0.2, saturation=0.3, stain=0.2),
-            optim=schema.Optim(lr_encoder=1e-3, lr_head=1e-3, warmup_steps=16),
+            optim=schema.Optim(lr_encoder=rate, lr_head=rate, warmup_steps=16),
             epochs=epochs,
-            slides_per_step=4,
+            slides_per_step=slides_per_step,
         ),
         execution=schema.Execution(ranks=ranks),
         bookkeeping=schema.Bookkeeping(out=out / name, experiment="lung_mosaic", name="lung_mosaic"),
@@ -253,7 +256,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/lung_mosaic"), help="folder for slides and the run")
     parser.add_argument("--ranks", type=int, default=2, help="DeepSpeed ranks on this machine")
     parser.add_argument("--slides", type=int, default=64, help="slides to build")
-    parser.add_argument("--epochs", type=int, default=15, help="epochs of training")
+    parser.add_argument("--epochs", type=int, help="epochs of training; default 15, or 20 with --dense")
     parser.add_argument("--tile-px", type=int, default=64, help="side to which a source tile is reduced")
     parser.add_argument("--seed", type=int, default=0, help="seed of the mosaics")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that draw slides")
@@ -268,7 +271,8 @@ def main(words: Sequence[str] | None = None) -> None:
     mosaic = build(args.tiles, out, args.slides, args.seed, args.workers)
     if args.build_only:
         return
-    config = run_config(out, args.ranks, args.tile_px, args.epochs, args.dense)
+    epochs = args.epochs or (20 if args.dense else 15)
+    config = run_config(out, args.ranks, args.tile_px, epochs, args.dense)
     result = run_pipeline(config)
     shards = ShardSet(config.bookkeeping.shard_root)
     with (out / "slides.csv").open(newline="", encoding="utf-8") as handle:
