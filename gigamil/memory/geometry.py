@@ -104,7 +104,7 @@ Layers = tuple[tuple[Window | Branches, ...], tuple[Window | Branches, ...]]  # 
 _NONE: Layers = ((), ())
 
 
-def geometry_of(network: nn.Module) -> Geometry:
+def geometry_of(network: nn.Module, name: str = "") -> Geometry:
     """Read the geometry of a network off its layers.
 
     Known are convolutions and poolings with zero padding, pointwise layers, `nn.Sequential`, the residual blocks of
@@ -112,11 +112,12 @@ def geometry_of(network: nn.Module) -> Geometry:
 
     Args:
         network: image (n, C, H, W) -> grid (n, D, h, w).
+        name: of a layer of another network, for messages.
     Raises:
         ConfigError: names the first layer that looks at the whole image, or that is not known, and the cure.
     Cost: none; nothing is run.
     """
-    rows, cols = _layers(network, "")
+    rows, cols = _layers(network, name)
     return Geometry(Net(rows), Net(cols))
 
 

@@ -12,6 +12,7 @@ Source: Tsaris et al. 2023, doi:10.1145/3592979.3593401 (spatial decomposition w
 its adjoint are our own derivation. Test: distributed/test_halo.py
 """
 
+import itertools
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,13 +24,14 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from gigamil.errors import ConfigError
-from gigamil.memory.geometry import geometry_of
+from gigamil.memory.geometry import Geometry, geometry_of
 from gigamil.parallel.collectives import fetch_rows, sum_over_ranks
 from gigamil.partition.halo import Window
 
 Bounds = tuple[int, ...]  # R + 1 cuts of the rows of an image, ascending
 
 _JOINS: tuple[Callable[..., Any], ...] = (operator.add, operator.iadd, operator.mul, torch.add, torch.mul)
+_BY_PIXEL = ("ChannelNorm", "Permute", "StochasticDepth")  # layers, by name: torchvision need not be there
 _POINTWISE: tuple[Callable[..., Any], ...] = (torch.relu, functional.relu, functional.gelu, functional.silu)
 
 
@@ -61,6 +63,11 @@ class ShardedNetwork:
         self._graph = _Tracer().trace(network)
         self._modules = dict(network.named_modules())
         self._network = network
+        for node in self._graph.nodes:  # before any rank waits for another
+            if node.op == "call_module":
+                _check_layer(self._modules[node.target], node.target)
+            elif node.op in ("call_function", "call_method"):
+                _check_function(node)
 
     def __call__(self, rows_nCHW: Tensor, bounds: Bounds) -> tuple[Tensor, Bounds]:
         """Rows of the image -> rows of the grid, and where that is cut; differentiable. All ranks call it.
@@ -93,54 +100,37 @@ class ShardedNetwork:
 
     def _layer(self, module: nn.Module, name: str, rows: _Rows) -> _Rows:
         if isinstance(module, nn.Conv2d):
-            if "forward" in vars(module):
-                _refuse(module, name, "is computed together with its BatchNorm; set execution.fold_batchnorm to false")
-            rows, _, _ = self._windows(module, name, rows, 0.0)
-            return self._own(_convolved(module, rows.values), rows.bounds)
+            return self._on_windows(module, name, rows, 0.0, _convolved)
         if isinstance(module, nn.MaxPool2d):
-            rows, _, _ = self._windows(module, name, rows, -torch.inf)
-            return self._own(_max_pooled(module, rows.values), rows.bounds)
+            return self._on_windows(module, name, rows, -torch.inf, _max_pooled)
         if isinstance(module, nn.AvgPool2d):
-            rows, top, bottom = self._windows(module, name, rows, 0.0)
-            if (top or bottom) and (module.ceil_mode or not module.count_include_pad):
-                _refuse(module, name, "counts the pixels at the edge otherwise; use count_include_pad and no ceil_mode")
-            return self._own(_mean_pooled(module, rows.values), rows.bounds)
+            return self._on_windows(module, name, rows, 0.0, _mean_pooled)
         if isinstance(module, nn.BatchNorm2d) and module.training:
             return _Rows(self._batch_norm(module, rows), rows.bounds)
         if isinstance(module, nn.GroupNorm):
             return _Rows(self._group_norm(module, rows), rows.bounds)
-        if not isinstance(module, nn.Linear | nn.LayerNorm) and type(module).__name__ not in (
-            "Permute",
-            "StochasticDepth",
-        ):
-            geometry = geometry_of(module)
-            if geometry.rows.layers or geometry.cols.layers:
-                _refuse(module, name, "looks at its neighbours in a way that is not known here")
         return _Rows(module(rows.values), rows.bounds)
 
-    def _windows(self, module: Any, name: str, rows: _Rows, padding: float) -> tuple[_Rows, int, int]:
-        """The rows that this rank's outputs depend on, padded at the edges of the image; bounds are those of the output."""
-        geometry = geometry_of(module)
-        (window,) = geometry.rows.layers
+    def _on_windows(
+        self, module: Any, name: str, rows: _Rows, padding: float, compute: Callable[[Any, Tensor], Tensor]
+    ) -> _Rows:
+        """A layer's output on this rank: of the rows that it depends on, padded at the edges of the image."""
+        (window,) = geometry_of(module).rows.layers
         assert isinstance(window, Window)
         size = rows.bounds[-1]
         num = window.output_size(size)
         if not num:
             _refuse(module, name, f"has no output of {size} rows")
         bounds = (*(min(num, -(-bound // window.stride)) for bound in rows.bounds[:-1]), num)
-        wanted = [_needed(window, bounds[r], bounds[r + 1], size) for r in range(len(bounds) - 1)]
+        wanted = [_needed(window, first, last, size) for first, last in itertools.pairwise(bounds)]
         start, stop = bounds[self._rank], bounds[self._rank + 1]
-        values = self._fetch(rows, wanted)
-        if start == stop:
-            # One row, which is dropped: the others see this layer's type and its parameters in the graph, and so must it.
-            return _Rows(functional.pad(values, (0, 0, 0, window.reach)), bounds), 0, 0
-        first, last = window.needs(start, stop)
-        top, bottom = max(0, -first), max(0, last - size)
-        return _Rows(functional.pad(values, (0, 0, top, bottom), value=padding), bounds), top, bottom
-
-    def _own(self, values: Tensor, bounds: Bounds) -> _Rows:
-        """A layer's output on this rank, without the row that was made for a rank that has none."""
-        return _Rows(values[:, :, : bounds[self._rank + 1] - bounds[self._rank]], bounds)
+        # A rank without outputs makes one and drops it: it must have their type, and the layer's parameters in its graph.
+        top, bottom = 0, window.reach
+        if start < stop:
+            first, last = window.needs(start, stop)
+            top, bottom = max(0, -first), max(0, last - size)
+        values = compute(module, functional.pad(self._fetch(rows, wanted), (0, 0, top, bottom), value=padding))
+        return _Rows(values[:, :, : stop - start], bounds)
 
     def _fetch(self, rows: _Rows, wanted: list[tuple[int, int]]) -> Tensor:
         if self._group is None:
@@ -189,8 +179,35 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether a module is called as a whole."""
-        known = type(m).__name__ in ("ChannelNorm", "LayerNorm2d", "Permute", "StochasticDepth")
+        known = type(m).__name__ in (*_BY_PIXEL, "LayerNorm2d") or isinstance(getattr(m, "geometry", None), Geometry)
         return known or super().is_leaf_module(m, module_qualified_name)
+
+
+def _check_layer(module: nn.Module, name: str) -> None:
+    """Refuse a layer that cannot be computed on ranks."""
+    if isinstance(module, nn.Conv2d) and "forward" in vars(module):
+        _refuse(module, name, "is computed together with its BatchNorm; set execution.fold_batchnorm to false")
+    if isinstance(module, nn.AvgPool2d) and (
+        module.ceil_mode or (any(_pair(module.padding)) and not module.count_include_pad)
+    ):
+        _refuse(module, name, "counts the pixels at the edge otherwise; use count_include_pad and no ceil_mode")
+    if isinstance(
+        module, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d | nn.BatchNorm2d | nn.GroupNorm | nn.Linear | nn.LayerNorm
+    ):
+        return
+    if type(module).__name__ not in _BY_PIXEL:
+        geometry = geometry_of(module, name)
+        if geometry.rows.layers or geometry.cols.layers:
+            _refuse(module, name, "looks at its neighbours in a way that is not known here")
+
+
+def _check_function(node: fx.Node) -> None:
+    """Refuse a function that may look at more than a pixel."""
+    if node.target not in (*_JOINS, *_POINTWISE):
+        raise ConfigError(
+            f"'{node.name}' ({node.target}) is not known to work pixel by pixel, so it cannot be computed on ranks. Make it "
+            "a layer with an attribute `geometry`, or stream with execution.halo=read"
+        )
 
 
 def _needed(window: Window, start: int, stop: int, size: int) -> tuple[int, int]:
@@ -233,11 +250,6 @@ def _affine(values: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tenso
 def _joined(node: fx.Node, arguments: tuple[Any, ...], words: dict[str, Any]) -> _Rows:
     """A function of the parts of one or more images, pixel by pixel."""
     rows = [argument for argument in arguments if isinstance(argument, _Rows)]
-    if node.target not in (*_JOINS, *_POINTWISE):
-        raise ConfigError(
-            f"'{node.name}' ({node.target}) is not known to work pixel by pixel, so it cannot be computed on ranks. Make it "
-            "a layer with an attribute `geometry`, or stream with execution.halo=read"
-        )
     if len({row.bounds for row in rows}) != 1:
         raise ConfigError(f"'{node.name}' joins branches of other sizes: {[row.bounds for row in rows]}")
     values = [argument.values if isinstance(argument, _Rows) else argument for argument in arguments]

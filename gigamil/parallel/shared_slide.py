@@ -3,7 +3,6 @@
 Shapes: C H W image, D h w grid, c cells that this rank wants.
 """
 
-import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -42,8 +41,24 @@ class SharedSlide:
         grid_1Dhw, cuts = self._network(image_1CHW, self._bounds)
         width = grid_1Dhw.shape[3]
         cell_XD = grid_1Dhw[0].flatten(1).T
+        first_R = np.array(cuts[:-1]) * width
+        # Who has a cell is the last rank that begins at or before it: others that begin there have none.
+        owners = [np.searchsorted(first_R, cells, side="right") - 1 for cells in self._wanted]
+        mine = [cells[owner == self._rank] for cells, owner in zip(self._wanted, owners, strict=True)]
+        own_XD = cell_XD[_index(np.concatenate(mine) - first_R[self._rank], cell_XD.device)]
         if self._group is None:
-            return cell_XD[torch.from_numpy(self._wanted[0]).to(cell_XD.device)]
-        counts = [(stop - start) * width for start, stop in itertools.pairwise(cuts)]
-        ranges = [[(cell, cell + 1) for cell in cells.tolist()] for cells in self._wanted]
-        return fetch_rows(cell_XD.contiguous(), counts, ranges, self._rank, self._group)
+            return own_XD
+        # Each rank sends each other one run of rows; what comes is in the order of its owners.
+        sent_RR = np.array([np.bincount(owner, minlength=len(first_R)) for owner in owners]).T
+        stop_RR = sent_RR.cumsum().reshape(sent_RR.shape)
+        runs_RR2 = np.stack([stop_RR - sent_RR, stop_RR], axis=2)
+        ranges = [
+            [(start, stop) for start, stop in runs_R2.tolist() if start < stop] for runs_R2 in runs_RR2.swapaxes(0, 1)
+        ]
+        found_cD = fetch_rows(own_XD, sent_RR.sum(axis=1).tolist(), ranges, self._rank, self._group)
+        order = np.argsort(owners[self._rank], kind="stable")
+        return found_cD[_index(np.argsort(order), cell_XD.device)]
+
+
+def _index(numbers: np.ndarray, device: torch.device) -> Tensor:
+    return torch.from_numpy(numbers.astype(np.int64)).to(device)

@@ -8,10 +8,11 @@ from torch import nn
 
 from gigamil.errors import ConfigError
 from gigamil.models.compiled import compile_encoder
-from gigamil.models.encoder import GivenFeatures
+from gigamil.models.encoder import DenseEncoder, GivenFeatures
 from gigamil.models.fold import fold_batchnorm
 from gigamil.models.probe import refuse_tile_mixing
 from gigamil.models.slide_model import SlideModel, refuse_small_bags
+from gigamil.parallel.halo import ShardedNetwork
 from gigamil.parallel.topology import Topology
 from gigamil.train.activation_checkpointing import checkpoint_encoder
 from gigamil.train.checkpoint import CheckpointStore
@@ -49,12 +50,8 @@ def prepare_model(
     refuse_small_bags(model, (*train.slide_ids, *val.slide_ids), (*train.sizes, *val.sizes))
     if isinstance(model.encoder, GivenFeatures):
         return
-    geometry = dense_geometry(model.encoder, config.slides)
-    if geometry is None and config.execution.halo == "exchange":
-        raise ConfigError(
-            "execution.halo=exchange is for dense encoders, and this one sees each tile alone. Set science.encoder.dense, "
-            "or execution.halo=read."
-        )
+    dense_geometry(model.encoder, config.slides)
+    refuse_unstreamable(model.encoder, config.execution)
     refuse_tile_mixing(model.encoder, config.slides.tile_px)
     set_batchnorm(model.encoder, config.execution)
     if config.execution.halo == "read":  # else it depends on the size of the slides, glass and all
@@ -63,6 +60,27 @@ def prepare_model(
     checkpoint_encoder(backbone, config.execution.activation_checkpointing)
     if config.execution.compile:
         compile_encoder(backbone)
+
+
+def refuse_unstreamable(encoder: nn.Module, execution: "Execution") -> None:
+    """Refuse keys of `execution` that do not go with the encoder.
+
+    Raises:
+        ConfigError: names the key, or the layer that ranks cannot compute together.
+    """
+    if isinstance(encoder, DenseEncoder) and execution.compile:
+        raise ConfigError(
+            "execution.compile makes a program for one size of image, and the blocks of a dense encoder have many. Set it to "
+            "false."
+        )
+    if execution.halo == "read":
+        return
+    if not isinstance(encoder, DenseEncoder):
+        raise ConfigError(
+            "execution.halo=exchange is for dense encoders, and this one sees each tile alone. Set science.encoder.dense, "
+            "or execution.halo=read."
+        )
+    ShardedNetwork(encoder.network, None)  # looks at every layer
 
 
 def set_batchnorm(encoder: nn.Module, execution: "Execution") -> None:

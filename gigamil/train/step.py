@@ -599,7 +599,9 @@ class _SharedCalls(_Calls):
     def encode_all(self, keep: bool) -> tuple[list[EncodedChunk], Tensor]:
         """First pass over the slides of the group: a chunk for each, and the embeddings (n, D) of this rank's tiles."""
         if not self._rows_of.num_slides:
-            return super().encode_all(keep)
+            with _refused_out_of_memory():
+                blank, embedding_1D = encode_chunk(self._encode, 0, 0, False)
+            return [blank], embedding_1D[:0].to(torch.promote_types(embedding_1D.dtype, torch.float32))
         chunks, parts = [], []
         for slide in range(self._rows_of.num_slides):
             rows = self._rows_of.rows(slide)
@@ -613,10 +615,11 @@ class _SharedCalls(_Calls):
 
     def backward(self, chunk: EncodedChunk, cotangent_cD: Tensor, upcoming: EncodedChunk | None) -> bool:
         """Back-propagate dL/dh of a slide's cells into the encoder; all ranks of the group take part."""
-        if chunk.slide is None:
-            return super().backward(chunk, cotangent_cD, upcoming)
+        encode = self._encode if chunk.slide is None else partial(self._encode_slide, chunk.slide)
         with _refused_out_of_memory():
-            graph_cD = chunk_with_graph(chunk, partial(self._encode_slide, chunk.slide))
+            graph_cD = chunk_with_graph(chunk, encode)
+            if chunk.slide is None:
+                cotangent_cD = cotangent_cD.new_zeros(graph_cD.shape)
             self._engine.backward(cotangent_product(graph_cD, cotangent_cD))
         return True
 

@@ -15,8 +15,10 @@ import torchvision.models as zoo
 from torch import Tensor, nn
 
 from gigamil.errors import ConfigError
+from gigamil.memory.geometry import Geometry
 from gigamil.models.dense import ChannelNorm
 from gigamil.parallel.halo import ShardedNetwork
+from gigamil.partition.halo import Net
 from gigamil.testing.compare import gradient_error
 from gigamil.testing.ranks import run_on_ranks
 
@@ -137,13 +139,37 @@ def test_the_exchange_and_its_backward_are_adjoint() -> None:
     assert forward != 0
 
 
+class Clamped(nn.Module):
+    """A layer of a user that says where it looks."""
+
+    geometry = Geometry(Net(()), Net(()))
+
+    def forward(self, values: Tensor) -> Tensor:
+        return values.clamp(min=0)
+
+
+class Shifted(nn.Module):
+    """A layer that does not."""
+
+    def forward(self, values: Tensor) -> Tensor:
+        return values.roll(1, 2)
+
+
 @pytest.mark.parametrize(
-    ("network", "words"),
+    ("layer", "words"),
     [
-        (nn.Sequential(nn.Conv2d(3, 2, 3), nn.AdaptiveAvgPool2d(1)), "'1' .AdaptiveAvgPool2d|AdaptiveAvgPool2d"),
-        (nn.Sequential(nn.AvgPool2d(3, 2, 1, count_include_pad=False)), "counts the pixels at the edge otherwise"),
+        (nn.AdaptiveAvgPool2d(1), "'1' .AdaptiveAvgPool2d"),
+        (nn.AvgPool2d(3, 2, 1, count_include_pad=False), "counts the pixels at the edge otherwise"),
+        (nn.AvgPool2d(3, 2, ceil_mode=True), "counts the pixels at the edge otherwise"),
+        (Shifted(), "'roll' .* is not known to work pixel by pixel"),
     ],
 )
-def test_a_layer_that_cannot_be_shared_is_named(network: nn.Module, words: str) -> None:
+def test_a_layer_that_cannot_be_shared_is_named_before_ranks_wait(layer: nn.Module, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        ShardedNetwork(network, None)(torch.zeros(1, 3, 9, 9), (0, 9))
+        ShardedNetwork(nn.Sequential(nn.Conv2d(3, 2, 3), layer), None)
+
+
+def test_a_layer_that_says_where_it_looks_is_called_as_a_whole() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 2, 3, padding=1), Clamped())
+    image = torch.randn(1, 3, 9, 9)
+    assert torch.equal(ShardedNetwork(network, None)(image, (0, 9))[0], network(image))

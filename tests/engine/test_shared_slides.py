@@ -63,5 +63,8 @@ def test_exchange_is_refused_where_it_cannot_be(tmp_path: Path) -> None:
         config(tmp_path, "exchange", activation_checkpointing="blocks")
     tiles = tiny_run(tmp_path, execution={"halo": "exchange"})
     model, none = build_model(tiles.science, 2), SlideSet((), (), torch.zeros(0))
+    dense = config(tmp_path, "read", compile=True)
+    with pytest.raises(ConfigError, match=r"execution\.compile makes a program for one size of image"):
+        prepare_model(build_model(dense.science, 2), dense, none, none, Topology(), torch.device("cpu"))
     with pytest.raises(ConfigError, match=r"is for dense encoders.*Set science\.encoder\.dense"):
         prepare_model(model, tiles, none, none, Topology(), torch.device("cpu"))
