@@ -222,8 +222,8 @@ def _build(config: RunConfig) -> TileEncoder:
             ) from error
     if isinstance(encoder, DenseEncoder):
         raise ConfigError(
-            "science.encoder.dense: a dense encoder looks beyond the borders of a tile, and `gigamil features` encodes tiles "
-            "one by one. Set science.encoder.dense: null, or train end to end."
+            f"encoder '{science.encoder.name}' is dense: it looks beyond the borders of a tile, and `gigamil features` encodes "
+            "tiles one by one. Set science.encoder.dense to null, take an encoder of tiles, or train end to end."
         )
     return encoder.eval().requires_grad_(False)
 

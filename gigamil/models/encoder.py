@@ -11,7 +11,7 @@ import itertools
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -95,7 +95,7 @@ class DenseEncoder(TileEncoder):
 
         Args:
             image_nCHW: tiles, one block (1, C, H, W), or this rank's rows of a slide.
-            tile_key_n: for layers that draw.
+            tile_key_n: not used: a network of layers that are local draws nothing.
             cells: of the block that are wanted, or what computes them; None for tiles without surroundings.
         Returns:
             (n, D), or (c, D) of the cells.
@@ -103,7 +103,7 @@ class DenseEncoder(TileEncoder):
         image_nCHW = self._prepared(image_nCHW)
         if cells is not None and not isinstance(cells, Tensor):
             return cells(image_nCHW)
-        grid_nDhw = self.backbone(image_nCHW, tile_key_n)
+        grid_nDhw = self.network(image_nCHW)
         if cells is None:
             return grid_nDhw[:, :, 0, 0]
         return grid_nDhw[0, :, cells[:, 0], cells[:, 1]].T
@@ -210,14 +210,16 @@ def build_encoder(part: "Encoder") -> TileEncoder:
         ConfigError: unknown name, options that the factory does not take, weights that do not fit, or blocks or linear
             layers that the encoder does not have.
     """
-    dense = {} if part.dense is None else {"dense": part.dense, "pool": part.pool, "pool_kind": part.pool_kind}
+    dense: dict[str, Any] = {} if part.dense is None else {"dense": part.dense}
+    if dense or (part.pool, part.pool_kind) != (1, "mean"):
+        dense |= {"pool": part.pool, "pool_kind": part.pool_kind}
     try:
-        backbone = encoders[part.name](**part.options, **dense)
+        backbone = encoders[part.name](**dense, **part.options)
     except (TypeError, ConfigError) as error:
-        if dense and "'dense'" in str(error):
+        if any(f"'{key}'" in str(error) for key in dense):
             raise ConfigError(
-                f"science.encoder.dense={part.dense} is for torchvision's ResNets, not for encoder '{part.name}'. A network of "
-                "your own is dense if it has `cell_px` and `network` (docs/streaming.md)."
+                f"encoder '{part.name}' does not take science.encoder.{' and '.join(dense)} beside its options: {error}. The "
+                "ResNets of torchvision take them, and small_dense_cnn takes pool (docs/encoders.md)."
             ) from error
         if isinstance(error, ConfigError):
             raise

@@ -18,14 +18,16 @@ from gigamil.data.pipeline import DrawKeys
 from gigamil.errors import ConfigError
 from gigamil.models.aggregator import aggregators
 from gigamil.models.bag import Bag, LocalPool
-from gigamil.models.encoder import encoders
+from gigamil.models.encoder import DenseEncoder, encoders
 from gigamil.models.slide_model import SlideModel, build_model
+from gigamil.parallel.halo import ShardedNetwork
 from gigamil.parallel.topology import Topology
 from gigamil.partition.schedule import plan_steps
 from gigamil.registry import Registry
 from gigamil.testing.compare import gradient_error, relative_error
 from gigamil.testing.exactness import RecordingPlainEngine, own_tiles
 from gigamil.testing.ranks import run_on_ranks
+from gigamil.train.dense import dense_geometry
 from gigamil.train.engine import make_ranks
 from gigamil.train.loss import losses
 from gigamil.train.step import ExactStep, Ranks
@@ -161,3 +163,19 @@ def errors_on_rank(rank: int, folder: str, num_ranks: int) -> tuple[float, float
     """As `errors_of`, in a process of its own."""
     sys.path.insert(0, folder)
     return errors_of(num_ranks, rank)
+
+
+def test_the_dense_example_sees_the_whole_slide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    example = re.search(r"^```python\n(.*?)^```", PAGE.partition("## A dense encoder")[2], re.DOTALL | re.MULTILINE)
+    assert example is not None
+    (tmp_path / "dense_example.py").write_text(example[1])
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module("dense_example")
+    config = RunConfig.model_validate({"science": {"encoder": {"name": "dense_two_layers"}}, "slides": {"tile_px": 64}})
+    encoder = build_model(config.science, 2).encoder
+    assert isinstance(encoder, DenseEncoder)
+    assert dense_geometry(encoder, config.slides) is not None
+    image_1CHW = torch.rand(1, 3, 128, 192)
+    grid_1Dhw = ShardedNetwork(encoder.network, None)(image_1CHW, (0, 128))[0]
+    assert torch.equal(grid_1Dhw, encoder.network(image_1CHW))
+    assert grid_1Dhw.shape == (1, encoder.dim, 2, 3)
