@@ -15,12 +15,11 @@ from torch import Tensor
 from gigamil.data.images import Stopwatch
 from gigamil.errors import ShardError
 from gigamil.memory.geometry import Geometry
-from gigamil.memory.stream import GridBlock, block_around
+from gigamil.memory.stream import GridBlock, block_of_cells
 from gigamil.shards.index import SlideIndex
-from gigamil.shards.manifest import SlideManifest
+from gigamil.shards.manifest import FILE_SETTINGS, SlideManifest
 
 _EXACT_CELLS = 1e-3  # rounding of micron
-WHITE = 255
 
 
 @dataclass(frozen=True)
@@ -41,12 +40,13 @@ def slide_grid(manifest: SlideManifest, index: SlideIndex) -> SlideGrid:
     """The grid of a slide's shards.
 
     Raises:
-        ShardError: tiles overlap, lie apart, or anywhere.
+        ShardError: tiles overlap, lie apart, or where another tool put them.
     """
     row_N, col_N = index.y_um / manifest.tile_height_um, index.x_um / manifest.tile_width_um
     cell_N2 = np.column_stack([np.rint(row_N), np.rint(col_N)]).astype(np.int64)
     is_grid = np.abs(np.column_stack([row_N, col_N]) - cell_N2).max(initial=0) < _EXACT_CELLS
-    if manifest.stride_px != manifest.tile_px or not is_grid:
+    given = manifest.settings.get(FILE_SETTINGS["coords"])  # num_x and num_y then count pixels of level 0
+    if manifest.stride_px != manifest.tile_px or given or not is_grid:
         raise ShardError(
             f"slide '{manifest.slide_id}': its tiles do not lie side by side on a grid, so they are no cells of a dense "
             "encoder. Tile it with slides.stride_px: null and slides.coords: null."
@@ -85,6 +85,7 @@ class BlockImages:
         tile_px: side of a tile.
         turns: how each span's slide is laid; None lays all as they are.
         waited: stopwatch of the loader.
+        ahead: as of `TileImages`.
     Attributes:
         cell_n2: int64, (row, column) of each tile in the grid of its slide as it was stored.
         span_n: the span of each tile.
@@ -100,8 +101,10 @@ class BlockImages:
         tile_px: int,
         turns: Sequence[Turn] | None = None,
         waited: Stopwatch | None = None,
+        ahead: bool = True,
     ) -> None:
         self.waited = Stopwatch() if waited is None else waited
+        self.ahead = ahead
         self.shape: tuple[int, ...] = (tile_px, tile_px, 3)
         self._spans, self._source, self._geometry, self._tile_px = spans, source, geometry, tile_px
         self._turns = [Turn()] * len(spans) if turns is None else turns
@@ -117,7 +120,12 @@ class BlockImages:
         return np.cumsum([0, *(stop - start for _, start, stop in self._spans[:-1])])[: len(self._spans)]
 
     def room(self, start: int, stop: int) -> int:
-        """Cells of the smallest aligned square that holds rows start..stop - 1, with or without tiles in them."""
+        """Cells of the smallest aligned square that holds rows start..stop - 1, with or without tiles in them.
+
+        1 for no rows: the blank tile of a rank without tiles.
+        """
+        if start == stop:
+            return 1
         low_2, high_2 = self.cell_n2[start:stop].min(axis=0), self.cell_n2[start:stop].max(axis=0)
         bits = int((low_2 ^ high_2).max()).bit_length()
         return 4**bits
@@ -141,13 +149,11 @@ class BlockImages:
 
     def turned(self, turns: Sequence[Turn]) -> "BlockImages":
         """The same with each span's slide laid otherwise."""
-        return BlockImages(self._spans, self._source, self._geometry, self._tile_px, turns, self.waited)
+        return BlockImages(self._spans, self._source, self._geometry, self._tile_px, turns, self.waited, self.ahead)
 
     def cells(self, start: int, stop: int) -> Tensor:
         """int64 (c, 2): row and column of rows start..stop - 1 in the grid of their block."""
-        block = self._block(start, stop)
-        corner_2 = np.array([block.top - block.rows.crop, block.left - block.cols.crop])
-        return torch.from_numpy(self._cell_n2[start:stop] - corner_2)
+        return torch.from_numpy(self._block(start, stop).inside(self._cell_n2[start:stop]))
 
     def read(self, start: int, stop: int) -> Tensor:
         """uint8 RGB (1, H, W, 3): all that the embeddings of rows start..stop - 1, of one slide, depend on."""
@@ -163,9 +169,7 @@ class BlockImages:
         return num_y * self._tile_px, num_x * self._tile_px
 
     def _block(self, start: int, stop: int) -> GridBlock:
-        cell_c2 = self._cell_n2[start:stop]
-        (top, left), (bottom, right) = cell_c2.min(axis=0).tolist(), (cell_c2.max(axis=0) + 1).tolist()
-        return block_around(self._geometry, (top, bottom), (left, right), *self._size(int(self.span_n[start])))
+        return block_of_cells(self._geometry, self._cell_n2[start:stop], *self._size(int(self.span_n[start])))
 
 
 def read_turned(

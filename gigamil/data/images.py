@@ -68,11 +68,13 @@ class TileImages(Protocol):
     Attributes:
         shape: of a row: (H, W, 3), or (D,) of features.
         held: they lie in memory, and reading them costs nothing.
+        ahead: a chunk may be read by a thread while the one before it is computed.
         waited: who waits for rows to be read adds the time here.
     """
 
     shape: tuple[int, ...]
     held: bool
+    ahead: bool
     waited: Stopwatch
 
     def read(self, start: int, stop: int) -> Tensor:
@@ -87,7 +89,7 @@ class HeldImages:
         image_nHWC: uint8 RGB, or float32 features (n, D).
     """
 
-    held = True
+    held = ahead = True
 
     def __init__(self, image_nHWC: Tensor) -> None:
         self.image_nHWC = image_nHWC
@@ -108,6 +110,7 @@ class StoredImages:
         decode: (slide id, first tile, one past the last) -> uint8 (c, H, W, 3), or float32 (c, D).
         dim: D, if rows are features; None if they are images.
         waited: stopwatch of the loader.
+        ahead: as of `TileImages`.
     """
 
     held = False
@@ -119,8 +122,10 @@ class StoredImages:
         decode: Callable[[str, int, int], Tensor],
         dim: int | None = None,
         waited: Stopwatch | None = None,
+        ahead: bool = True,
     ) -> None:
         self.waited = Stopwatch() if waited is None else waited
+        self.ahead = ahead
         self._empty = torch.empty((0, side, side, 3), dtype=torch.uint8) if dim is None else torch.empty((0, dim))
         self.shape = tuple(self._empty.shape[1:])
         self.row_bytes = math.prod(self.shape) * self._empty.element_size()
@@ -139,7 +144,7 @@ class StoredImages:
 
 
 class ChunkFeed:
-    """Chunks of a step's tiles on the device; the next one is read and copied while this one computes.
+    """Chunks of a step's tiles on the device; the next one is read and copied while this one computes, if it may be.
 
     Args:
         images: tiles of the step.
@@ -155,7 +160,7 @@ class ChunkFeed:
         self._ahead: tuple[tuple[int, int], Future[Tensor]] | None = None
         # Views of main memory need no thread.
         self._is_free = images.held and device.type == "cpu"
-        self._thread = None if self._is_free else ThreadPoolExecutor(1, "gigamil-chunks")
+        self._thread = ThreadPoolExecutor(1, "gigamil-chunks") if images.ahead and not self._is_free else None
         self._stream = _copy_stream(device) if device.type == "cuda" else None
 
     def __enter__(self) -> Self:
@@ -171,7 +176,7 @@ class ChunkFeed:
         Args:
             upcoming: rows that will be asked for next; they are prepared meanwhile.
         """
-        if self._thread is None:
+        if self._is_free:
             return self._images.read(start, stop)
         rows, ahead = (start, stop), self._ahead
         self._ahead = None
@@ -191,7 +196,7 @@ class ChunkFeed:
             image.record_stream(current)
         if ahead is not None and ahead[0] == upcoming:
             self._ahead = ahead
-        elif upcoming is not None and upcoming not in self._cached:
+        elif self._thread is not None and upcoming is not None and upcoming not in self._cached:
             self._ahead = upcoming, self._thread.submit(self._load, *upcoming)
         return image
 

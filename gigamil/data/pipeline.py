@@ -7,9 +7,8 @@ and not processes: decoders give Python's lock back while they work, and pixels 
 import queue
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from functools import cached_property
+from functools import partial
 from typing import cast
 
 import numpy as np
@@ -21,6 +20,7 @@ from gigamil.data.blocks import BlockImages, BlockSource
 from gigamil.data.images import HeldImages, RowMemory, Stopwatch, StoredImages, TileImages
 from gigamil.data.rows import SlideRows
 from gigamil.data.source import ShardSource, TileSource
+from gigamil.data.threads import ReadThreads
 from gigamil.memory.geometry import Geometry
 from gigamil.parallel.topology import Topology
 from gigamil.partition.schedule import StepPlan
@@ -60,11 +60,12 @@ class StepLoader:
         slide_ids: the list that `StepPlan.slides` indexes.
         tile_px: side of a tile.
         topology: which group and which rank of it this is.
-        prefetch: steps decoded ahead; 0 reads when asked.
+        prefetch: steps decoded ahead; 0 reads when asked. Of a dense encoder no step is held: its next block is read
+            while one is computed, whatever this says.
         hold_bytes: memory for decoded tiles. Where the steps that are there at once need more, tiles are decoded chunk
             by chunk, in each pass anew.
-        decode_workers: threads that read and decode blocks of tiles, each with one block at a time. 0: all is done by
-            the thread that asks, when it asks.
+        decode_workers: threads that read and decode tiles, a few at a time each. 0: all is done by the thread that
+            asks, when it asks. (A source of a dense encoder's blocks has its own threads for the tiles of a block.)
         geometry: of a dense encoder, whose blocks are then read chunk by chunk.
         exchange: the ranks of a group share a dense encoder's slides row by row.
     """
@@ -83,13 +84,15 @@ class StepLoader:
     ) -> None:
         self._geometry = geometry
         self._exchange = exchange
-        self._source: TileSource = ShardSource(source, tile_px) if isinstance(source, ShardSet) else source
+        if isinstance(source, ShardSet):
+            source = ShardSource(source, tile_px, decode_workers=decode_workers)
+        self._source: TileSource = source
         self._slide_ids = slide_ids
         self._tile_px = tile_px
         self._topology = topology
         self._prefetch = prefetch if decode_workers else 0
         self._hold_bytes = hold_bytes
-        self._workers = decode_workers
+        self._threads = ReadThreads(decode_workers)
         self._waited = Stopwatch()
         self._memory = RowMemory()
 
@@ -124,14 +127,17 @@ class StepLoader:
         )
 
     def _images(self, spans: list[Span], plan: StepPlan) -> TileImages:
+        ahead = self._threads.number > 0
         if self._geometry is not None:
             source, topology = cast("BlockSource", self._source), self._topology
+            rest = None, self._waited, ahead
             if self._exchange:
                 slide_ids = [self._slide_ids[plan.slides[position]] for position in plan.groups[topology.group]]
                 shares = [plan.spans(topology.group, rank) for rank in range(topology.group_size)]
-                return SlideRows(slide_ids, shares, topology.group_rank, source, self._tile_px, waited=self._waited)
-            return BlockImages(spans, source, self._geometry, self._tile_px, waited=self._waited)
-        stored = StoredImages(spans, self._tile_px, lambda *span: self._read([span]), self._source.dim, self._waited)
+                return SlideRows(slide_ids, shares, topology.group_rank, source, self._tile_px, *rest)
+            return BlockImages(spans, source, self._geometry, self._tile_px, *rest)
+        decode = lambda *span: self._read([span])
+        stored = StoredImages(spans, self._tile_px, decode, self._source.dim, self._waited, ahead)
         num_tiles = sum(stop - start for _, start, stop in spans)
         # One step in use, one waiting to be handed over, `prefetch` ahead of it.
         needed = num_tiles * stored.row_bytes * (self._prefetch + 2 if self._prefetch else 1)
@@ -147,30 +153,15 @@ class StepLoader:
         else:
             rows = self._memory.take((num_tiles, self._source.dim), np.dtype(np.float32))
         # A chunk of a step is shared out evenly, a step goes in blocks of the size that suits its source.
-        block = max(1, min(self._source.block, -(-num_tiles // max(1, self._workers))))
-        jobs, row = [], 0
+        block = max(1, min(self._source.block, -(-num_tiles // max(1, self._threads.number))))
+        reads, row = [], 0
         for slide_id, start, stop in spans:
             for first in range(start, stop, block):
                 last = min(first + block, stop)
-                jobs.append((slide_id, first, last, rows[row : row + last - first]))
+                reads.append(partial(self._source.read_tiles, slide_id, first, last, rows[row : row + last - first]))
                 row += last - first
-        if self._workers < 2 or len(jobs) < 2:
-            for job in jobs:
-                self._source.read_tiles(*job)
-        else:
-            reads = [self._threads.submit(self._source.read_tiles, *job) for job in jobs]
-            try:
-                for read in reads:  # in pooled order: so the first error is the same for any number of threads
-                    read.result()
-            finally:
-                for read in reads:
-                    read.cancel()
-                wait(reads)  # after an error too: the memory that they write to is used again
+        self._threads.run(reads)
         return torch.from_numpy(rows)
-
-    @cached_property
-    def _threads(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(self._workers, "gigamil-decode")
 
     def iterate(self, plans: Iterable[StepPlan]) -> Iterator[tuple[StepPlan, StepTiles | Exception]]:
         """Yield each plan with its tiles, or with the error that reading them raised: ranks agree on errors first."""

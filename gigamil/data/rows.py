@@ -27,6 +27,7 @@ class SlideRows:
         tile_px: side of a tile, which is a cell of the grid.
         turns: how each slide is laid; None lays all as they are.
         waited: stopwatch of the loader.
+        ahead: as of `TileImages`.
     """
 
     held = False
@@ -40,8 +41,10 @@ class SlideRows:
         tile_px: int,
         turns: Sequence[Turn] | None = None,
         waited: Stopwatch | None = None,
+        ahead: bool = True,
     ) -> None:
         self.waited = Stopwatch() if waited is None else waited
+        self.ahead = ahead
         self.shape: tuple[int, ...] = (tile_px, tile_px, 3)
         self._slide_ids, self._spans, self._rank = slide_ids, spans, rank
         self._source, self._tile_px = source, tile_px
@@ -55,7 +58,8 @@ class SlideRows:
 
     def turned(self, turns: Sequence[Turn]) -> "SlideRows":
         """The same with each slide laid otherwise."""
-        return SlideRows(self._slide_ids, self._spans, self._rank, self._source, self._tile_px, turns, self.waited)
+        parts = self._slide_ids, self._spans, self._rank, self._source, self._tile_px
+        return SlideRows(*parts, turns, self.waited, self.ahead)
 
     def rows(self, slide: int) -> tuple[int, int]:
         """This rank's rows of embeddings that are of the slide: start, and one past the last."""

@@ -1,17 +1,19 @@
 """Where a loader's tiles come from: one protocol, and its first kind, shards."""
 
-import threading
+from functools import lru_cache, partial
 from typing import Protocol
 
 import numpy as np
 
-from gigamil.data.blocks import WHITE, SlideGrid, slide_grid
+from gigamil.data.blocks import SlideGrid, slide_grid
 from gigamil.data.decode import BadTile, choose_decoder, decode_tiles
+from gigamil.data.mosaic import Mosaic
 from gigamil.errors import ShardError
 from gigamil.shards.index import SlideIndex
 from gigamil.shards.read import ShardSet
 
-_DECODED_BYTES = 128 << 20  # tiles that blocks have in common
+DECODED_BYTES = 128 << 20  # tiles that a source keeps for the next blocks of dense encoders
+NUM_GRIDS = 4  # slides whose grids a source keeps, 4 bytes a cell: blocks of one slide are read one after another
 
 
 class TilePlaces(Protocol):
@@ -56,6 +58,7 @@ class ShardSource:
         tile_px: side that every tile must have.
         decoder: `execution.decoder`.
         device: of the rank; a CUDA decoder works there.
+        decode_workers: threads that read and decode the tiles of a block; fewer than two: who asks for it.
     Attributes:
         decoder: what decodes (`choose_decoder`), for the record of the run.
     Raises:
@@ -64,15 +67,16 @@ class ShardSource:
 
     dim = None
 
-    def __init__(self, shards: ShardSet, tile_px: int, decoder: str = "auto", device: object = "cpu") -> None:
+    def __init__(
+        self, shards: ShardSet, tile_px: int, decoder: str = "auto", device: object = "cpu", decode_workers: int = 1
+    ) -> None:
         self.decoder = choose_decoder(decoder, str(device))
         self.block = 512 if shards.is_remote or self.decoder in ("torchcodec", "torchvision") else 128
         self._shards = shards
         self._tile_px = tile_px
         self._device = str(device)
-        self._lock = threading.Lock()
-        self._decoded: dict[tuple[str, int], np.ndarray] = {}
-        self._most_decoded = max(1, _DECODED_BYTES // (3 * tile_px**2))
+        self._mosaic = Mosaic(tile_px, decode_workers, self.block, DECODED_BYTES)
+        self._numbers = lru_cache(NUM_GRIDS)(partial(_numbers, shards))
 
     def read_tiles(self, slide_id: str, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
         """Read and decode tiles start..stop - 1 in stored order.
@@ -105,41 +109,15 @@ class ShardSource:
         Returns:
             uint8 (height, width, 3), RGB.
         Raises:
-            ShardError: as `read_tiles`.
-        Cost: that of the tiles; those read last are remembered, as neighbouring blocks share them.
+            ShardError: as `read_tiles`; of several tiles the first in stored order.
+        Cost: see `Mosaic.block`. The grid is made once for successive blocks of a slide.
         """
-        side, numbers_hw = self._tile_px, self._numbers(slide_id)
-        image_HW3 = np.full((height, width, 3), WHITE, np.uint8)
-        first_row, first_col = max(0, top // side), max(0, left // side)
-        number_hw = numbers_hw[first_row : -(-(top + height) // side), first_col : -(-(left + width) // side)]
-        tiles = self._tiles(slide_id, np.sort(number_hw[number_hw >= 0]))
-        for (row, col), number in np.ndenumerate(number_hw):
-            if number < 0:
-                continue
-            y, x = (first_row + row) * side - top, (first_col + col) * side - left
-            y0, x0, y1, x1 = max(0, y), max(0, x), min(height, y + side), min(width, x + side)
-            image_HW3[y0:y1, x0:x1] = tiles[number][y0 - y : y1 - y, x0 - x : x1 - x]
-        return image_HW3
+        return self._mosaic.block(slide_id, self._numbers(slide_id), self.read_tiles, (top, left, height, width))
 
-    def _numbers(self, slide_id: str) -> np.ndarray:
-        """int64 (num_y, num_x): number of the tile in each cell of the grid; -1 where there is none."""
-        grid = self.grid(slide_id)
-        numbers_hw = np.full((grid.num_y, grid.num_x), -1, np.int64)
-        numbers_hw[grid.cell_N2[:, 0], grid.cell_N2[:, 1]] = np.arange(len(grid.cell_N2))
-        return numbers_hw
 
-    def _tiles(self, slide_id: str, number_n: np.ndarray) -> dict[int, np.ndarray]:
-        """Tiles by their number, which ascend."""
-        with self._lock:
-            found = {n: self._decoded[slide_id, n] for n in number_n.tolist() if (slide_id, n) in self._decoded}
-        missing = np.array([number for number in number_n.tolist() if number not in found], np.int64)
-        runs = np.split(missing, np.flatnonzero(np.diff(missing) > 1) + 1) if len(missing) else []
-        for run in runs:
-            pixels_nHW3 = self.read_tiles(slide_id, int(run[0]), int(run[-1]) + 1)
-            found |= {int(number): tile for number, tile in zip(run, pixels_nHW3, strict=True)}
-        with self._lock:
-            for number in missing.tolist():
-                self._decoded[slide_id, number] = found[number]
-            while len(self._decoded) > self._most_decoded:
-                self._decoded.pop(next(iter(self._decoded)))
-        return found
+def _numbers(shards: ShardSet, slide_id: str) -> np.ndarray:
+    """int32 (num_y, num_x): number of the tile in each cell of the grid; -1 where there is none."""
+    grid = slide_grid(shards.manifest(slide_id), shards.index(slide_id))
+    number_hw = np.full((grid.num_y, grid.num_x), -1, np.int32)
+    number_hw[grid.cell_N2[:, 0], grid.cell_N2[:, 1]] = np.arange(len(grid.cell_N2))
+    return number_hw

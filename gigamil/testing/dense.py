@@ -19,8 +19,8 @@ from gigamil.data.blocks import BlockImages, SlideGrid, Turn
 from gigamil.data.images import TileImages
 from gigamil.data.pipeline import DrawKeys, StepTiles
 from gigamil.data.rows import SlideRows
-from gigamil.memory.geometry import geometry_of
-from gigamil.memory.stream import grid_blocks, stream_backward, stream_forward
+from gigamil.memory.geometry import Geometry, geometry_of
+from gigamil.memory.stream import GridBlock, block_of_cells
 from gigamil.models.aggregator import build_aggregator
 from gigamil.models.bag import Bag, LocalPool
 from gigamil.models.dense import ChannelNorm, pooled
@@ -28,6 +28,7 @@ from gigamil.models.encoder import DenseEncoder, encoders
 from gigamil.models.networks import FrozenStatistics
 from gigamil.models.slide_model import SlideModel
 from gigamil.parallel.topology import Topology
+from gigamil.partition.blocks import block_ranges
 from gigamil.partition.curve import hilbert_sort
 from gigamil.partition.schedule import StepPlan, plan_steps
 from gigamil.testing.compare import gradient_error
@@ -446,7 +447,7 @@ class ImageCase:
     Attributes:
         net: one of `NETS`.
         height, width: in pixels; the stride need not divide them.
-        cells: along the side of a block.
+        cells: along the side of a block, a power of two.
         batch: number of images.
         share: of the cells that are wanted; without the others' blocks the result is that of all, masked.
     """
@@ -472,7 +473,7 @@ def image_cases(net: str) -> Iterator[ImageCase]:
         side = NETS[net]().cell_px
     assert side is not None
     length = 30 if net in DEEP else 12
-    yield ImageCase(net, side + 5, length * side + 7, 3, share=0.4)
+    yield ImageCase(net, side + 5, length * side + 7, 2, share=0.4)
     yield ImageCase(net, length * 2 // 3 * side - 3, side + 1, 4)
     yield ImageCase(net, 2 * side + 1, 3 * side - 1, 8, batch=2)
     yield ImageCase(net, 2 * side + 3, 2 * side + 5, 1, batch=2, share=0.5)
@@ -483,28 +484,57 @@ def check_image_case(case: ImageCase) -> ImageErrors:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         network = NETS[case.net]().double().train().network
-        image_nCHW = torch.rand((case.batch, 3, case.height, case.width), dtype=torch.float64).requires_grad_()
-        whole_nDhw = network(image_nCHW)
-        shape = tuple(whole_nDhw.shape[2:])
-        mask_hw = torch.rand(shape) < case.share
-        mask_hw[0, -1] = True
-        cotangent_nDhw = torch.randn_like(whole_nDhw) * mask_hw
-    parameters = dict(network.named_parameters())
+        image_nCHW = torch.rand((case.batch, 3, case.height, case.width), dtype=torch.float64)
+        shape = geometry_of(network).grid_shape(case.height, case.width)
+        wanted_hw = torch.rand(shape).numpy() < case.share
+        wanted_hw[0, -1] = True
+        return image_errors(network, image_nCHW, wanted_hw, case.cells)
 
-    def gradients() -> dict[str, Tensor]:
-        leaves = parameters | {"image": image_nCHW}
-        found = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
-        for leaf in leaves.values():
-            leaf.grad = None
-        return found
 
-    whole_nDhw.backward(cotangent_nDhw)
-    wanted, wanted_nDhw = gradients(), whole_nDhw.detach() * mask_hw
-    geometry = geometry_of(network)
-    assert geometry.grid_shape(case.height, case.width) == shape
-    blocks = grid_blocks(geometry, case.height, case.width, case.cells, mask_hw.numpy())
-    read = lambda top, bottom, left, right: image_nCHW[:, :, top:bottom, left:right]
-    found_nDhw = stream_forward(network, blocks, read, shape) * mask_hw
-    stream_backward(network, blocks, read, cotangent_nDhw)
-    error = float((found_nDhw - wanted_nDhw).norm() / wanted_nDhw.norm())
-    return ImageErrors(error, gradient_error(gradients(), wanted))
+def image_errors(network: nn.Module, image_nCHW: Tensor, wanted_hw: np.ndarray, cells: int) -> ImageErrors:
+    """A network of known geometry on an image of any size, block by block as a run reads them, against the image at once.
+
+    Args:
+        wanted_hw: bool, the cells that are used, one at least.
+        cells: along the side of a block, a power of two.
+    """
+    geometry, image_nCHW = geometry_of(network), image_nCHW.requires_grad_()
+    height, width = image_nCHW.shape[2:]
+    leaves = dict(network.named_parameters()) | {"image": image_nCHW}
+    blocks = list(image_blocks(geometry, height, width, wanted_hw, cells))
+    whole_nDhw = network(image_nCHW)
+    assert whole_nDhw.shape[2:] == wanted_hw.shape == geometry.grid_shape(height, width)
+    wanted_nDN = torch.cat([_at(whole_nDhw, cell_c2) for cell_c2, _ in blocks], dim=2)
+    cotangent_nDN = torch.randn_like(wanted_nDN)
+
+    def gradients(cells_nDc: Tensor, cotangent_nDc: Tensor) -> dict[str, Tensor]:
+        return dict(zip(leaves, torch.autograd.grad(cells_nDc, list(leaves.values()), cotangent_nDc), strict=True))
+
+    wanted = gradients(wanted_nDN, cotangent_nDN)
+    found = {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
+    parts, start = [], 0
+    for cell_c2, block in blocks:
+        read_nCHW = image_nCHW[:, :, block.rows.start : block.rows.stop, block.cols.start : block.cols.stop]
+        part_nDc = _at(network(read_nCHW), block.inside(cell_c2))
+        for name, gradient in gradients(part_nDc, cotangent_nDN[:, :, start : start + len(cell_c2)]).items():
+            found[name] += gradient
+        parts.append(part_nDc.detach())
+        start += len(cell_c2)
+    wanted_nDN = wanted_nDN.detach()
+    error = float((torch.cat(parts, dim=2) - wanted_nDN).norm() / wanted_nDN.norm())
+    return ImageErrors(error, gradient_error(found, wanted))
+
+
+def image_blocks(
+    geometry: Geometry, height: int, width: int, wanted_hw: np.ndarray, cells: int
+) -> Iterator[tuple[np.ndarray, GridBlock]]:
+    """The encoder calls of an image: (row, column) of the wanted cells of each, and what is read for them."""
+    row_N, col_N = np.nonzero(wanted_hw)
+    cell_N2 = np.column_stack([row_N, col_N])[hilbert_sort(col_N, row_N)]
+    for start, stop in block_ranges(np.zeros(len(cell_N2), np.int64), cell_N2, cells**2):
+        yield cell_N2[start:stop], block_of_cells(geometry, cell_N2[start:stop], height, width)
+
+
+def _at(grid_nDhw: Tensor, cell_c2: np.ndarray) -> Tensor:
+    """(n, D, c): some cells of a grid."""
+    return grid_nDhw[:, :, cell_c2[:, 0], cell_c2[:, 1]]

@@ -2,22 +2,26 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from gigamil.config.schema import RunConfig
+from gigamil.data.blocks import slide_grid
 from gigamil.data.cohort import CohortTable, load_cohort
 from gigamil.data.features import FeatureSet, FeatureSource, open_features
 from gigamil.data.slide_source import SlideSource
 from gigamil.data.source import ShardSource, TileSource
 from gigamil.data.split import Splits, load_splits
+from gigamil.data.threads import ReadThreads
 from gigamil.errors import CohortError, ShardError
 from gigamil.shards.cache import ShardCache
 from gigamil.shards.read import ShardSet
 
 TiledSlides = ShardSet | FeatureSet
+_REQUESTS = 16  # at once, of indexes on a server
 
 
 @dataclass(frozen=True)
@@ -140,6 +144,22 @@ def check_tiles(config: RunConfig, shards: TiledSlides, slide_ids: Iterable[str]
         shards.check_tiles(slide_ids, config.slides.tile_px, config.slides.tile_mpp)
 
 
+def check_grids(shards: TiledSlides, slide_ids: Iterable[str]) -> None:
+    """Refuse slides whose tiles are no cells of a dense encoder, before the first of them is read.
+
+    Raises:
+        ShardError: tiles of a slide do not lie side by side on a grid, or its index is damaged; names the first slide.
+    Cost: a read of each index; no pixel is read.
+    """
+    assert isinstance(shards, ShardSet), "a dense encoder has tiles"
+    checks = [partial(_check_grid, shards, slide_id) for slide_id in slide_ids]
+    ReadThreads(_REQUESTS if shards.is_remote else 0).run(checks)
+
+
+def _check_grid(shards: ShardSet, slide_id: str) -> None:
+    slide_grid(shards.manifest(slide_id), shards.index(slide_id))
+
+
 def open_source(
     config: RunConfig,
     shards: TiledSlides,
@@ -162,7 +182,8 @@ def open_source(
         if paths is None:
             paths = {row.slide_id: row.path for row in load_cohort(config.cohort, need_labels=False).rows}
         return SlideSource(shards, paths, config)
-    return ShardSource(shards, config.slides.tile_px, config.execution.decoder, device)
+    execution = config.execution
+    return ShardSource(shards, config.slides.tile_px, execution.decoder, device, execution.decode_workers)
 
 
 def feature_dim(shards: TiledSlides, slide_ids: Iterable[str]) -> int | None:

@@ -10,6 +10,7 @@ import fsspec
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from gigamil import keyed
 from gigamil.data.decode import decode_tiles
@@ -17,6 +18,7 @@ from gigamil.data.images import ChunkFeed
 from gigamil.data.pipeline import DrawKeys, StepLoader, StepTiles
 from gigamil.data.source import ShardSource
 from gigamil.errors import ShardError
+from gigamil.memory.geometry import geometry_of
 from gigamil.parallel.topology import Topology
 from gigamil.partition.schedule import StepPlan, plan_steps
 from gigamil.shards.read import ShardSet
@@ -121,8 +123,8 @@ def test_an_error_is_delivered_in_its_place_and_the_rest_goes_on(root: Path, pre
 class Slow(ShardSource):
     """Remembers what was asked for and by which threads, and takes its time for some tiles."""
 
-    def __init__(self, root: Path, seconds: float = 0.0, bad: Sequence[int] = ()) -> None:
-        super().__init__(ShardSet(root), TILE_PX)
+    def __init__(self, root: Path, seconds: float = 0.0, bad: Sequence[int] = (), workers: int = 1) -> None:
+        super().__init__(ShardSet(root), TILE_PX, decode_workers=workers)
         self.block = 2
         self.asked: list[tuple[str, int, int]] = []
         self.threads: set[str] = set()
@@ -166,6 +168,42 @@ def test_of_several_errors_the_first_in_order_is_raised(root: Path, workers: int
     plan = plan_steps([0], [SIZES["c"]], 1, 1, 1)[0]
     with pytest.raises(ShardError, match="tile 1 is bad"):
         loader.load(plan)
+
+
+@pytest.mark.parametrize(("workers", "at_once"), [(0, 1), (1, 1), (3, 3)])
+def test_the_tiles_of_a_block_are_shared_out_over_so_many_threads(root: Path, workers: int, at_once: int) -> None:
+    source = Slow(root, seconds=0.02, workers=workers)
+    box = 3, 5, 40, 41
+    wanted = ShardSource(ShardSet(root), TILE_PX).read_block("c", *box)
+    np.testing.assert_array_equal(source.read_block("c", *box), wanted)
+    assert source.most_at_once == at_once
+    assert sum(stop - start for _, start, stop in source.asked) == SIZES["c"]
+    assert ("MainThread" in source.threads) == (at_once == 1)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2, 8])
+def test_of_several_errors_in_a_block_the_first_in_order_is_raised(root: Path, workers: int) -> None:
+    source = Slow(root, bad=(1, 2, 4), workers=workers)
+    with pytest.raises(ShardError, match="tile 1 is bad"):
+        source.read_block("c", 0, 0, 48, 48)
+    assert source.at_once == 0
+
+
+@pytest.mark.parametrize("images", ["tiles", "blocks", "rows"])
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_without_threads_the_thread_that_asks_reads(root: Path, images: str, workers: int) -> None:
+    """Else the next chunk, block or slide is read while one is computed."""
+    source = Slow(root, workers=workers)
+    geometry = None if images == "tiles" else geometry_of(nn.Conv2d(3, 4, TILE_PX, TILE_PX))
+    loader = StepLoader(source, ["c", "a"], TILE_PX, Topology(), 2, 0, workers, geometry, images == "rows")
+    tiles = loader.load(plan_steps([0, 1], [SIZES["c"], SIZES["a"]], 2, 1, 1)[0])
+    chunks = [(0, 1), (1, 2)] if images == "rows" else [(0, 9), (9, 14)]
+    found = []
+    with ChunkFeed(tiles.images, torch.device("cpu"), 0) as feed:
+        for rows, upcoming in itertools.zip_longest(chunks, chunks[1:]):
+            found.append(feed.get(*rows, upcoming))
+    assert all(torch.equal(a, tiles.images.read(*rows)) for a, rows in zip(found, chunks, strict=True))
+    assert (source.threads == {"MainThread"}) == (workers == 0)
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])

@@ -97,6 +97,27 @@ def test_other_tiles_are_those_of_the_reader(make: Make) -> None:
     assert np.abs(found.astype(int) - stored).mean() < 6
 
 
+@pytest.mark.parametrize(("tile_mpp", "way"), [(0.5, "raw"), (0.3, "resampled"), (0.61, "resampled")])
+@pytest.mark.parametrize("workers", [0, 3])
+def test_a_pixel_is_the_same_in_each_block_and_in_its_tile(make: Make, tile_mpp: float, way: str, workers: int) -> None:
+    shards, _, path = make(stored=False, tile_mpp=tile_mpp)
+    manifest = shards.manifest("s")
+    assert manifest.way == way
+    settings = {"slides": {"tile_px": TILE_PX}, "execution": {"decode_workers": workers}}
+
+    def new() -> SlideSource:  # that keeps nothing yet
+        return SlideSource(shards, {"s": path}, RunConfig.model_validate(settings))
+
+    height, width = manifest.num_y * TILE_PX, manifest.num_x * TILE_PX
+    whole_HW3 = new().read_block("s", 0, 0, height, width)
+    for top, left, rows, cols in ((5, 9, 100, 131), (77, 0, 50, width), (height - 33, width - 70, 33, 70)):
+        found = new().read_block("s", top, left, rows, cols)
+        np.testing.assert_array_equal(found, whole_HW3[top : top + rows, left : left + cols])
+    tiles = new().read_tiles("s", 0, manifest.num_tiles)
+    for (row, col), tile_HW3 in zip(new().grid("s").cell_N2 * TILE_PX, tiles, strict=True):
+        np.testing.assert_array_equal(whole_HW3[row : row + TILE_PX, col : col + TILE_PX], tile_HW3)
+
+
 def test_positions_are_enough(make: Make) -> None:
     shards, slides, _ = make(stored=False)
     assert shards.manifest("s").tars == ()
@@ -137,6 +158,10 @@ def test_a_damaged_slide_is_named_with_its_tile(make: Make) -> None:
     with pytest.raises(SlideError, match=r"slide 's', tile \d+: "):
         for _ in range(2):
             slides.read_tiles("s", 0, num)
+    height, width = slides.grid("s").num_y * TILE_PX, slides.grid("s").num_x * TILE_PX
+    with pytest.raises(SlideError, match=r"slide 's', (tile \d+|row \d+, column \d+ of its grid, where no tile is): "):
+        for _ in range(2):
+            slides.read_block("s", 0, 0, height, width)
 
 
 def test_another_file_of_this_name_is_refused(make: Make) -> None:
