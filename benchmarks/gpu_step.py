@@ -56,7 +56,7 @@ from gigamil.data.pipeline import DrawKeys, StepTiles
 from gigamil.memory.budget import chunks_to_keep, memory_budget
 from gigamil.models.aggregators.attention import GatedAttention
 from gigamil.models.bag import Bag, LocalPool
-from gigamil.models.encoder import build_encoder
+from gigamil.models.encoder import Cells, build_encoder
 from gigamil.models.fold import fold_batchnorm
 from gigamil.models.slide_model import SlideModel
 from gigamil.parallel.topology import Topology
@@ -123,10 +123,10 @@ SMOKE = Sizes(
 class AutocastEngine(PlainEngine):
     """Torch alone, the encoder under bfloat16 autocast, as DeepSpeed's engine has it in a bfloat16 run."""
 
-    def encode(self, image_nCHW: Tensor, tile_key_n: Tensor | None) -> Tensor:
+    def encode(self, image_nCHW: Tensor, tile_key_n: Tensor | None, cells: Cells | None = None) -> Tensor:
         """Tiles -> embeddings."""
         with torch.autocast(self.device.type, torch.bfloat16):
-            return super().encode(image_nCHW, tile_key_n)
+            return super().encode(image_nCHW, tile_key_n, cells)
 
 
 class Problem:

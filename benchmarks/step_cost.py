@@ -56,7 +56,7 @@ from gigamil.data.images import HeldImages
 from gigamil.data.pipeline import DrawKeys, StepTiles
 from gigamil.models.aggregators.attention import GatedAttention
 from gigamil.models.bag import Bag, LocalPool, Pooled
-from gigamil.models.encoder import TileEncoder
+from gigamil.models.encoder import Cells, TileEncoder
 from gigamil.models.networks import FrozenStatistics
 from gigamil.models.slide_model import SlideModel
 from gigamil.parallel.topology import Topology
@@ -359,10 +359,10 @@ class TimedEngine(PlainEngine):
         super().__init__(model, optimizer)
         self._timer = timer
 
-    def encode(self, image_nCHW: Tensor, tile_key_n: Tensor | None) -> Tensor:
+    def encode(self, image_nCHW: Tensor, tile_key_n: Tensor | None, cells: Cells | None = None) -> Tensor:
         """First pass without a graph, second with."""
         with self._timer.section("forward with graph" if torch.is_grad_enabled() else "forward without graph"):
-            return super().encode(image_nCHW, tile_key_n)
+            return super().encode(image_nCHW, tile_key_n, cells)
 
     def classify(self, bag: Bag) -> tuple[Tensor, Pooled]:
         """The head."""
