@@ -1,5 +1,6 @@
 """Slides -> probabilities and attention, by the same forward pass as in training, on all tiles, in one process."""
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,16 +16,17 @@ from gigamil.data.pipeline import DrawKeys, StepLoader
 from gigamil.errors import CheckpointError
 from gigamil.evaluate.attention import Attention, Size
 from gigamil.memory.budget import memory_budget
-from gigamil.models.encoder import TileEncoder
+from gigamil.models.encoder import DenseEncoder, TileEncoder
 from gigamil.models.slide_model import SlideModel, build_model, refuse_small_bags
 from gigamil.parallel.topology import Topology
 from gigamil.partition.schedule import plan_steps
 from gigamil.shards.manifest import SlideManifest
 from gigamil.train.checkpoint import CheckpointStore
-from gigamil.train.cohort import TiledSlides, check_tiles, open_source
-from gigamil.train.dense import dense_geometry
+from gigamil.train.cohort import TiledSlides, check_grids, check_tiles, open_source
+from gigamil.train.dense import dense_geometry, largest_grids
 from gigamil.train.loss import losses
 from gigamil.train.plain import PlainEngine
+from gigamil.train.plan import best_chunk
 from gigamil.train.prepare import set_batchnorm
 from gigamil.train.step import FEATURE_ROWS, ExactStep, Ranks
 
@@ -61,6 +63,32 @@ def load_model(config: RunConfig, num_classes: int, pointer: str = "best", dim: 
     return model.eval()
 
 
+def tiles_per_call(
+    config: RunConfig, model: SlideModel, shards: TiledSlides, slide_ids: Sequence[str], device: torch.device
+) -> int:
+    """`execution.chunk`; where that is null, the blocks that a run on this machine's memory would take without kept graphs.
+
+    What the checkpoint says is of the machine that trained.
+
+    Args:
+        model: whose BatchNorm is folded if `execution` asks for it.
+        slide_ids: to predict.
+    Raises:
+        ConfigError: see `best_chunk`.
+    Cost: that of `best_chunk`, and memory of a second model meanwhile.
+    """
+    execution = config.execution
+    if execution.chunk is not None or not isinstance(model.encoder, DenseEncoder):
+        return execution.tiles_per_call
+    sizes = [shards.manifest(slide_id).num_tiles for slide_id in slide_ids]
+    changes = {"memory": "replay", "group_size": None, "halo": "read", "device": device.type}
+    alone = execution.model_copy(update=changes)
+    science = config.science.model_copy(update={"slides_per_step": 1})
+    config = config.model_copy(update={"execution": alone, "science": science})
+    measured = copy.deepcopy(model).cpu().requires_grad_()
+    return best_chunk(config, measured, sizes, 1, device, 1, largest_grids(shards, slide_ids, sizes, 1))
+
+
 def predict_slides(
     config: RunConfig,
     model: SlideModel,
@@ -85,6 +113,8 @@ def predict_slides(
         TrainingError: an embedding is not finite; names slide and tile.
     """
     check_tiles(config, shards, slide_ids)
+    if isinstance(model.encoder, DenseEncoder):
+        check_grids(shards, slide_ids)
     sizes = [shards.manifest(slide_id).num_tiles for slide_id in slide_ids]
     refuse_small_bags(model, slide_ids, sizes)
     topology = Topology()
@@ -96,7 +126,7 @@ def predict_slides(
         PlainEngine(model.to(device)),
         Ranks(topology),
         losses[config.science.loss],
-        chunk=config.execution.tiles_per_call if has_encoder else FEATURE_ROWS,
+        chunk=tiles_per_call(config, model, shards, slide_ids, device) if has_encoder else FEATURE_ROWS,
         num_keep=0,
         keys=DrawKeys(0, slide_ids),  # never drawn from: prediction has no dropout and no augmentation
         cache_bytes=share(device=device),

@@ -16,6 +16,7 @@ from gigamil.data.blocks import BlockImages
 from gigamil.data.pipeline import StepLoader, StepTiles
 from gigamil.errors import ConfigError, TrainingError
 from gigamil.evaluate.attention import Size
+from gigamil.evaluate.predict import tiles_per_call
 from gigamil.evaluate.saliency import slide_saliency
 from gigamil.models.encoder import DenseEncoder
 from gigamil.models.slide_model import SlideModel
@@ -90,7 +91,7 @@ class Saliencies:
         self._config, self._model = config, model.to(device).requires_grad_(False)
         self._shards, self._device, self._paths = shards, device, paths
         self._geometry = dense_geometry(model.encoder, config.slides)
-        self._chunk = config.execution.tiles_per_call
+        self._most: float = math.inf  # tiles of a block that the device has had memory for
 
     def __call__(self, slide_id: str, class_number: int) -> Saliency:
         """Saliency of a slide for the logit of a class.
@@ -110,22 +111,25 @@ class Saliencies:
         if not isinstance(tiles.images, BlockImages):
             raise ConfigError("saliency is computed block by block, and this run does not read blocks")
         square_px = _square_px(*tiles.images.size_px, tile_px)
-        value_hw = self._computed(slide_id, tiles, class_number, square_px)
+        chunk = tiles_per_call(config, self._model, shards, [slide_id], self._device)
+        value_hw = self._computed(slide_id, tiles, class_number, square_px, int(min(chunk, self._most)))
         return Saliency(value_hw, (square_px * manifest.pixel_mpp_x, square_px * manifest.pixel_mpp_y), square_px)
 
-    def _computed(self, slide_id: str, tiles: StepTiles, class_number: int, square_px: int) -> NDArray[np.float32]:
+    def _computed(
+        self, slide_id: str, tiles: StepTiles, class_number: int, square_px: int, chunk: int
+    ) -> NDArray[np.float32]:
         hidden = None if self._config.bookkeeping.progress else True
         while True:
             with tqdm(total=2 * tiles.num_tiles, desc=f"saliency {slide_id}", unit="tile", disable=hidden) as bar:
                 try:
-                    return slide_saliency(self._model, tiles, class_number, self._chunk, square_px, done=bar.update)
+                    return slide_saliency(self._model, tiles, class_number, chunk, square_px, done=bar.update)
                 except torch.OutOfMemoryError as error:
-                    if self._chunk == 1:
+                    if chunk == 1:
                         raise TrainingError(
                             f"slide '{slide_id}': the device has no memory for the saliency of a single tile. Free it, or set "
                             "execution.device=cpu."
                         ) from error
-            self._chunk = max(1, self._chunk // 4)
+            self._most = chunk = max(1, chunk // 4)
 
 
 def _square_px(height: int, width: int, tile_px: int) -> int:

@@ -1,5 +1,6 @@
 """What a run needs to know of a dense encoder before it begins: where its cells look, and what its blocks cost."""
 
+import heapq
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,13 +10,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import nn
 
-from gigamil.data.blocks import SlideGrid
+from gigamil.data.blocks import SlideGrid, slide_grid
 from gigamil.errors import ConfigError
 from gigamil.memory.geometry import Geometry, geometry_of, refuse_wrong_geometry
-from gigamil.memory.stream import block_around
+from gigamil.memory.stream import block_of_cells
 from gigamil.models.encoder import DenseEncoder
 from gigamil.partition.blocks import block_ranges, block_side
 from gigamil.partition.halo import Net
+from gigamil.partition.schedule import StepPlan
+from gigamil.shards.read import ShardSet
+from gigamil.train.cohort import TiledSlides
 
 if TYPE_CHECKING:
     from gigamil.config.schema import Slides
@@ -23,12 +27,14 @@ if TYPE_CHECKING:
 _MAX_BLOCKS = 512  # of a slide, of which the area is taken; of more, every so many
 
 
-def dense_geometry(encoder: nn.Module, slides: "Slides") -> Geometry | None:
+def dense_geometry(encoder: nn.Module, slides: "Slides", probe: bool = True) -> Geometry | None:
     """Where the cells of a dense encoder look; None for an encoder of tiles.
 
+    Args:
+        probe: run the network to see that its layers look no further; once in a run is enough.
     Raises:
         ConfigError: names a layer that looks at the whole image, or a size of tiles that is not that of the cells.
-    Cost: two forwards of strips as long as the receptive field.
+    Cost: two forwards of strips as long as the receptive field; none without the probe.
     """
     if not isinstance(encoder, DenseEncoder):
         return None
@@ -50,8 +56,24 @@ def dense_geometry(encoder: nn.Module, slides: "Slides") -> Geometry | None:
             f"the dense encoder makes {shapes} cells of 1, 2 and 3 tiles along each side; it must make as many as there are "
             "tiles. Pad its convolutions by half of their kernel."
         )
-    refuse_wrong_geometry(network, geometry)
+    if probe:
+        refuse_wrong_geometry(network, geometry)
     return geometry
+
+
+def largest_grids(
+    tiles: TiledSlides, slide_ids: Sequence[str], sizes: Sequence[int], number: int
+) -> tuple[SlideGrid, ...]:
+    """Grids of the slides with the most tiles, those with most first; none of features.
+
+    Args:
+        sizes: tiles of each slide.
+        number: how many.
+    """
+    if not isinstance(tiles, ShardSet):
+        return ()
+    largest = heapq.nlargest(number, zip(sizes, slide_ids, strict=True))
+    return tuple(slide_grid(tiles.manifest(slide_id), tiles.index(slide_id)) for _, slide_id in largest)
 
 
 @dataclass(frozen=True)
@@ -83,12 +105,16 @@ class BlockCosts:
     Args:
         geometry: of the encoder.
         tile_px: side of a tile.
-        grids: of slides; without any, all calls are full squares inside a slide.
+        grids: of a step's slides (`largest_grids`); without any, all calls are full squares inside a slide.
     """
 
     geometry: Geometry
     tile_px: int
     grids: Sequence[SlideGrid] = ()
+
+    @cached_property
+    def _known(self) -> dict[int, BlockCost]:
+        return {}
 
     @cached_property
     def largest_chunk(self) -> int:
@@ -99,8 +125,28 @@ class BlockCosts:
     def at(self, chunk: int) -> BlockCost:
         """For this `execution.chunk`.
 
-        Cost: integer arithmetic for at most 512 blocks of a slide.
+        Cost: integer arithmetic for at most 512 blocks of a slide; none if it was asked for before.
         """
+        if chunk not in self._known:
+            self._known[chunk] = self._at(chunk)
+        return self._known[chunk]
+
+    def most_calls(self, chunk: int, step: StepPlan) -> int:
+        """Most encoder calls that a rank makes for its own tiles in a step of these slides (at least 1)."""
+        if not self.grids:
+            return step.max_calls(block_side(chunk) ** 2)
+        calls = [
+            sum(self._num_calls(step.groups[group][span.slide], span.start, span.stop, chunk) for span in spans)
+            for group in range(len(step.groups))
+            for spans in (step.spans(group, rank) for rank in range(step.group_size))
+        ]
+        return max(1, *calls)
+
+    def _num_calls(self, slide: int, start: int, stop: int, chunk: int) -> int:
+        cell_n2 = self.grids[slide].cell_N2[start:stop]
+        return len(block_ranges(np.zeros(len(cell_n2), np.int64), cell_n2, chunk))
+
+    def _at(self, chunk: int) -> BlockCost:
         side = block_side(chunk)
         read_px = _inner_size(self.geometry.rows, side), _inner_size(self.geometry.cols, side)
         area = math.prod(read_px) / self.tile_px**2
@@ -119,10 +165,8 @@ class BlockCosts:
         return BlockCost(chunk, side * self.tile_px, read_px, num_calls, mean, largest / self.tile_px**2, factor)
 
     def _pixels(self, grid: SlideGrid, start: int, stop: int) -> int:
-        cell_c2 = grid.cell_N2[start:stop]
-        (top, left), (bottom, right) = cell_c2.min(axis=0).tolist(), (cell_c2.max(axis=0) + 1).tolist()
         size = grid.num_y * self.tile_px, grid.num_x * self.tile_px
-        return block_around(self.geometry, (top, bottom), (left, right), *size).num_pixels
+        return block_of_cells(self.geometry, grid.cell_N2[start:stop], *size).num_pixels
 
 
 def _inner_size(net: Net, side: int) -> int:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from gigamil.config.schema import RunConfig
 from gigamil.data.augment import augment_block, augment_tiles, draw_turn
+from gigamil.data.blocks import SlideGrid
 from gigamil.data.pipeline import DrawKeys, StepLoader, StepTiles
 from gigamil.errors import Interrupted, TrainingError
 from gigamil.keyed import text_key
@@ -27,14 +28,14 @@ from gigamil.models.slide_model import SlideModel, build_model
 from gigamil.partition.schedule import StepPlan, epoch_order, plan_steps
 from gigamil.train.agree import StopSignals, agree, all_or_none, first_rank_says
 from gigamil.train.checkpoint import CheckpointStore
-from gigamil.train.cohort import SlideSet, load_training_data, open_source, unused_keys
-from gigamil.train.dense import dense_geometry
+from gigamil.train.cohort import SlideSet, check_grids, load_training_data, open_source, unused_keys
+from gigamil.train.dense import dense_geometry, largest_grids
 from gigamil.train.engine import DeepSpeedEngine, TrainingState, deepspeed_config, make_optimizer
 from gigamil.train.identity import refuse_other_run, run_identity
 from gigamil.train.loss import class_weights, losses
 from gigamil.train.memory import MemoryMeter, import_encoder, peak_memory_bytes
-from gigamil.train.plan import best_chunk
-from gigamil.train.prepare import prepare_model, warm_start
+from gigamil.train.plan import best_chunk, memory_of_shared
+from gigamil.train.prepare import prepare_model, set_batchnorm, warm_start
 from gigamil.train.recorder import Recorder
 from gigamil.train.records import git_commit, versions
 from gigamil.train.schedule import learning_rates
@@ -157,12 +158,18 @@ class Trainer:
         model = build_model(science, num_classes, self.data.dim)
         model.train()
         self._geometry = dense_geometry(model.encoder, self.config.slides)
-        self._largest_chunk = self._own_chunk(model)
-        prepare_model(model, self.config, self._train, self._val, self._ranks.topology, self._device)
+        if self._geometry is not None:
+            check_grids(self.data.shards, self.data.splits.split_of())
+        state = None if generation is None else self._resumed(generation)
+        grids = self._largest_grids()
+        self._chunk = self._first_chunk(model, grids)
+        execution = self.config.execution.model_copy(update={"chunk": self._chunk})
+        config = self.config.model_copy(update={"execution": execution})
+        prepare_model(model, config, self._train, self._val, self._ranks.topology, self._device, grids)
         self._shares = tuple(parameters_by_rate(model.encoder.backbone, science.optim.layer_decay))
         data = self.data
         self._source = open_source(self.config, data.shards, list(data.splits.split_of()), self._device, data.paths)
-        if generation is None:
+        if state is None:
             if science.warm_start is not None:
                 warm_start(model, science.warm_start)
             if self._is_on_features and self._ranks.topology.rank == 0 and unused_keys(self.config):
@@ -175,7 +182,10 @@ class Trainer:
                     "science.encoder.weights, or take an encoder with GroupNorm or LayerNorm (docs/encoders.md)",
                     science.encoder.name,
                 )
-            return model, None
+        return model, state
+
+    def _resumed(self, generation: Path) -> TrainingState:
+        """State of a checkpoint; where it stands goes to `progress`."""
         state, facts = self._store.read(generation)
         refuse_other_run(self._identity, facts, self.out)
         self.progress = Progress(**{name: facts[name] for name in Progress.__dataclass_fields__})
@@ -184,15 +194,30 @@ class Trainer:
         )
         if is_best_epoch_end and self._ranks.topology.rank == 0:
             self._store.mark_best(generation)  # a kill between the two pointers of a commit would lose it
-        return model, state
+        return state
 
-    def _own_chunk(self, model: SlideModel) -> int:
-        """`execution.chunk`; where that is null, of a dense encoder what computes least in this rank's memory."""
+    @property
+    def _goes_on(self) -> bool:
+        """Whether a checkpoint says how memory is used, and by the settings of now."""
+        return self.progress.num_keep is not None and self.progress.memory_settings == self._memory_settings()
+
+    def _largest_grids(self) -> Sequence[SlideGrid]:
+        """Where the tiles of a dense encoder's largest slides lie, as many as a step has."""
+        if self._geometry is None:
+            return ()
+        train = self._train
+        return largest_grids(self.data.shards, train.slide_ids, train.sizes, self.config.science.slides_per_step)
+
+    def _first_chunk(self, model: SlideModel, grids: Sequence[SlideGrid]) -> int:
+        """Tiles per encoder call as the checkpoint or `execution` say; where that is null, what suits this rank's memory."""
         execution, topology = self.config.execution, self._ranks.topology
+        if self._goes_on and self.progress.chunk is not None:
+            return self.progress.chunk
         if execution.chunk is not None or self._geometry is None or execution.halo == "exchange":
             return execution.tiles_per_call
-        sizes = self._train.sizes
-        return best_chunk(self.config, model, sizes, topology.world_size, self._device, topology.local_size)
+        set_batchnorm(model.encoder, execution)  # what is measured is what will run
+        ranks = topology.world_size, self._device, topology.local_size
+        return best_chunk(self.config, model, self._train.sizes, *ranks, grids)
 
     def _make_step(self, slides: SlideSet, chunk: int, num_keep: int) -> ExactStep:
         science, is_dense = self.config.science, self._geometry is not None
@@ -338,15 +363,14 @@ class Trainer:
 
     def _choose_memory(self) -> tuple[int, int]:
         """Tiles per encoder call, and calls whose graphs are kept: measured once and kept for the life of the run."""
-        execution, before = self.config.execution, self.progress
+        execution, memory = self.config.execution, self.config.execution.memory
         if self._is_on_features:
             return FEATURE_ROWS, 0  # no encoder, no graphs
-        if before.num_keep is not None and before.memory_settings == self._memory_settings():
-            return before.chunk or execution.tiles_per_call, before.num_keep
-        largest = self._over_ranks(self._largest_chunk, dist.ReduceOp.MIN)
-        memory = execution.memory
-        if execution.halo == "exchange" and memory == "auto":  # two slides take twice the memory of one
-            memory = "keep" if self.config.science.slides_per_step <= self._ranks.topology.num_groups else "replay"
+        if self._goes_on and self.progress.num_keep is not None:
+            return self._chunk, self.progress.num_keep
+        largest = self._over_ranks(self._chunk, dist.ReduceOp.MIN)
+        if execution.halo == "exchange":
+            memory = memory_of_shared(self.config, self._ranks.topology.num_groups)
         if memory != "auto":
             return largest, chunks_to_keep(memory, 0, 0)
         chunk, chunk_bytes = fit_chunk(self.engine, self._ranks, largest, self.config.slides.tile_px, self._geometry)

@@ -12,6 +12,7 @@ checkpoint is written. On a GPU memory is what tensors hold at the same time, an
 
 import copy
 import functools
+import heapq
 import itertools
 import math
 import re
@@ -19,6 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -26,25 +28,29 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from gigamil.config.schema import RunConfig
-from gigamil.data.augment import augment_tiles, to_float
-from gigamil.data.blocks import SlideGrid, slide_grid
+from gigamil.data.augment import augment_block, augment_tiles, to_float
+from gigamil.data.blocks import SlideGrid
 from gigamil.data.features import FeatureSet, features_folder
 from gigamil.data.h5 import read_features_header
+from gigamil.data.source import DECODED_BYTES
 from gigamil.errors import ConfigError, GigamilError
-from gigamil.memory.budget import chunks_to_keep, free_device_memory, memory_budget
+from gigamil.memory.budget import chunks_to_keep, free_device_memory
 from gigamil.memory.checkpointing import checkpoint_blocks
+from gigamil.memory.geometry import Geometry
 from gigamil.memory.peak import CallBytes, Linear, LiveBytes, measure_calls
 from gigamil.models.aggregator import min_tiles
 from gigamil.models.bag import Bag, LocalPool, Pool, Pooled, Ranges
-from gigamil.models.encoder import TileEncoder
+from gigamil.models.encoder import DenseEncoder, TileEncoder
 from gigamil.models.slide_model import SlideModel, build_model
+from gigamil.parallel.halo import ShardedNetwork
+from gigamil.parallel.shared_slide import SharedSlide
 from gigamil.parallel.topology import Topology
 from gigamil.partition.blocks import block_side
 from gigamil.partition.schedule import StepPlan, plan_steps
 from gigamil.partition.spans import owned_range
 from gigamil.shards.read import ShardSet
 from gigamil.train.cohort import TrainingData, load_training_data
-from gigamil.train.dense import BlockCosts, dense_geometry
+from gigamil.train.dense import BlockCosts, dense_geometry, largest_grids
 from gigamil.train.engine import deepspeed_config, make_optimizer
 from gigamil.train.step import FEATURE_ROWS
 from gigamil.units import format_bytes
@@ -52,6 +58,10 @@ from gigamil.units import format_bytes
 # Resident memory of a rank that is no tensor: code that oneDNN makes, thread buffers, indices, Python's objects.
 # Measured with an encoder of 60 kB (tests/engine/test_plan.py), whose tensors are next to nothing.
 PROCESS_BYTES = 32 * 2**20
+# The same of dense encoders: images of many sizes leave pieces that do not fit the next, and kernels copy whole layers.
+# Measured with ResNet-18 to layer3 (tests/engine/test_plan.py): 57 to 84 MB, and 237 and 264 MB where ranks exchange rows,
+# which are copied four times on their way. Pieces are below 32 MiB, so larger slides have no larger ones.
+BLOCKS_BYTES, EXCHANGE_BYTES = 64 * 2**20, 256 * 2**20
 # Without shards, a slide is taken to have so much tissue: a resection of common size.
 _TISSUE_MM2 = 100.0
 # Tiles of a rank with which an aggregator is measured that cannot do without values: more than a block of
@@ -89,6 +99,7 @@ class Plan:
         tiles_rank: of the busiest rank in the largest step.
         chunk: tiles per encoder call.
         num_chunks, num_kept: encoder calls of that rank, and those whose graphs are kept.
+        graph, graph_budget: bytes of the graph of its largest call, and those that `memory: auto` may keep.
         kept_share: f, of its tiles.
         rows: what takes memory; peak is their sum.
         peak: bytes above the process's start.
@@ -97,6 +108,7 @@ class Plan:
         cost: forwards of one tile that a tile costs: 4 - f, or 5 - f with activation checkpointing; 0 on features.
         remedies: changes that would make it fit, each with its peak; empty if it fits.
         blocks: of a dense encoder; None for one of tiles.
+        shared: what `execution.halo: exchange` has in their place.
     """
 
     device: Literal["cpu", "cuda"]
@@ -108,6 +120,8 @@ class Plan:
     chunk: int
     num_chunks: int
     num_kept: int
+    graph: int
+    graph_budget: int
     kept_share: float
     rows: tuple[Row, ...]
     peak: int
@@ -116,6 +130,7 @@ class Plan:
     cost: float
     remedies: tuple[str, ...]
     blocks: "Blocks | None" = None
+    shared: "SharedRows | None" = None
 
     @property
     def fits(self) -> bool:
@@ -125,7 +140,8 @@ class Plan:
     def text(self) -> str:
         """The table, for people."""
         step = f"step of {self.tiles_largest} tiles at most, {self.tiles_typical} typically ({self.slides})"
-        chunks = f"{self.tiles_rank} tiles in {self.num_chunks} chunks of {self.chunk}, {self.num_kept} kept"
+        calls = f"{self.num_chunks} chunks of {self.chunk}" if self.shared is None else f"{self.num_chunks} slides"
+        chunks = f"{self.tiles_rank} tiles in {calls}, {self.num_kept} kept"
         most = round(self.cost + self.kept_share)  # 4, or 5 with activation checkpointing
         cost = f"{self.cost:.2f} forwards ({most - 1} where all graphs are kept, {most} where none is)"
         lines = [
@@ -142,12 +158,61 @@ class Plan:
         ]
         if self.blocks is not None:
             lines += self.blocks.lines(self)
+        if self.shared is not None:
+            lines += self.shared.lines(self)
         if self.available is None:
             return "\n".join(lines)
         lines.append(f"available: {format_bytes(self.available)}: {'it fits' if self.fits else 'IT DOES NOT FIT'}")
         if not self.fits:
             lines += ["what would make it fit:", *(f"  {words}" for words in self.remedies or ("nothing known",))]
         return "\n".join(lines)
+
+
+class SlideShape(NamedTuple):
+    """A slide on the grid of its tiles.
+
+    Attributes:
+        num_y, num_x: rows and columns.
+        num_tiles: cells with tissue.
+    """
+
+    num_y: int
+    num_x: int
+    num_tiles: int
+
+    def share(self, num_ranks: int) -> int:
+        """Most cells that one of so many ranks computes, glass and all, however the slide is turned."""
+        return max(-(-self.num_y // num_ranks) * self.num_x, -(-self.num_x // num_ranks) * self.num_y)
+
+
+@dataclass(frozen=True)
+class SharedRows:
+    """What a rank computes of slides that the ranks of its group share row by row (`execution.halo: exchange`).
+
+    Attributes:
+        cells: of its rows of the largest slide, with tissue or without.
+        factor: pixels that are computed per pixel of a tile.
+        is_known: how large the slides are; else they are taken to be full of tissue, and whether it fits is not said.
+    """
+
+    cells: int
+    factor: float
+    is_known: bool
+
+    def lines(self, plan: Plan) -> list[str]:
+        """For the table."""
+        work = f"{plan.cost * self.factor:.2f} forwards of its own pixels"
+        found = [
+            f"execution.halo=exchange: a rank computes {self.cells} cells of the largest slide, glass and all",
+            f"  {self.factor:.2f} pixels computed per pixel of a tile: {work}",
+            "  the rows that ranks send each other at each layer are not counted above",
+        ]
+        if not self.is_known:
+            found.append(
+                "  the size of the slides is not known: these are figures for slides full of tissue, and whether a run fits is "
+                "told once they are tiled"
+            )
+        return found
 
 
 @dataclass(frozen=True)
@@ -160,7 +225,8 @@ class Blocks:
         factor: pixels that are computed per pixel of a tile.
         is_measured: of the slides of the largest step; else inside a slide, for full blocks.
         smallest_peak: peak with blocks of one tile and no graph kept: no run takes less.
-        best_chunk: the `execution.chunk` that fits and computes least; None if none fits.
+        best_chunk: the `execution.chunk` that computes least of those that fit; None if none does. The graph of a block
+            must also fit into `execution.memory_budget`, unless `memory: keep` keeps all.
         best_factor, best_cost, best_peak: with it.
     """
 
@@ -222,7 +288,9 @@ class _Model:
         dim: D.
         row_bytes: of a tile, or of its features.
         has_encoder: False on features.
-        blocks: of a dense encoder; None for one of tiles.
+        blocks: of a dense encoder; None for one of tiles, and where ranks share slides row by row.
+        shapes: of slides that ranks share, the largest first, as many as a step has; none if they are not known. None
+            where slides are not shared.
     """
 
     trained: int
@@ -236,6 +304,22 @@ class _Model:
     row_bytes: int
     has_encoder: bool
     blocks: BlockCosts | None = None
+    shapes: tuple[SlideShape, ...] | None = None
+
+
+class _Calls(NamedTuple):
+    """Encoder calls of the busiest rank.
+
+    Attributes:
+        chunk: tiles of a call, at most.
+        number: of calls.
+        largest, mean: what is computed in one, in tiles.
+    """
+
+    chunk: int
+    number: int
+    largest: float
+    mean: float
 
 
 def plan_run(
@@ -260,14 +344,12 @@ def plan_run(
         ShardError: `data.source: features` and there is none yet.
     Cost: a few forwards and backwards of a handful of tiles; memory of the model and its gradients.
     """
-    from gigamil.train.prepare import set_batchnorm  # which refuses by a plan
+    from gigamil.train.prepare import refuse_unstreamable, set_batchnorm  # which refuses by a plan
 
-    ranks = config.execution.ranks if ranks is None else ranks
+    given, ranks = config, config.execution.ranks if ranks is None else ranks
     _refuse_group_size(config.execution.group_size, ranks)
     device = _device(config, is_planned=device_memory is not None)
     sizes, slides, data = _slide_sizes(config, tiles)
-    if config.execution.halo == "exchange":
-        slides += "; memory and work are those of execution.halo=read"
     if device_memory is None:
         if device == "cuda" and not torch.cuda.is_available():
             raise ConfigError(
@@ -282,49 +364,60 @@ def plan_run(
         model = build_model(science, len(config.cohort.classes or (0, 1)), _feature_dim(config)).train()
         if isinstance(model.encoder, TileEncoder):
             set_batchnorm(model.encoder, config.execution)
-    execution = config.execution.model_copy(update={"ranks": ranks, "chunk": config.execution.tiles_per_call})
-    is_chosen, config = config.execution.chunk is None, config.model_copy(update={"execution": execution})
-    measured = _measure(config, model, data)
-    if is_chosen and measured.blocks is not None:
-        share = execution.memory_budget or 0.5
-        budget = int(share) if share > 1 else int(device_memory * share)
-        found = _blocks(
-            config, measured, measured.blocks, sizes, _predict(config, measured, sizes, slides, device, budget)
-        )
-        config = config.model_copy(update={"execution": execution.model_copy(update={"chunk": found.best_chunk or 1})})
+    geometry = dense_geometry(model.encoder, config.slides)
+    if isinstance(model.encoder, TileEncoder):
+        refuse_unstreamable(model.encoder, config.execution)
+    config = _changed(config, ranks=ranks)
+    if geometry is not None and config.execution.halo == "exchange":
+        measured = _measure(config, model, geometry, shapes=_shapes(config, data))
+    else:
+        measured = _measure(config, model, geometry, _largest_grids(config, data) if geometry and data else ())
+    if measured.blocks is not None:
+        chunk = _own_chunk(config, measured, measured.blocks, sizes, device, device_memory)
+        config = _changed(config, chunk=chunk)
     plan = _predict(config, measured, sizes, slides, device, device_memory)
     if measured.blocks is not None:
         plan = replace(plan, blocks=_blocks(config, measured, measured.blocks, sizes, plan))
-    return plan if plan.fits else replace(plan, remedies=_remedies(config, measured, sizes, plan))
+    if plan.fits:
+        return plan
+    remedies = _remedies(config, measured, sizes, plan)
+    if plan.shared is not None:
+        read = plan_run(_changed(given, halo="read", device=device), ranks, device_memory, tiles)
+        if read.fits:
+            remedies += (f"execution.halo read: peak {format_bytes(read.peak)}, {read.cost:.2f} forwards per tile",)
+    return replace(plan, remedies=remedies)
 
 
 def best_chunk(
-    config: RunConfig, model: SlideModel, sizes: Sequence[int], ranks: int, device: torch.device, local_ranks: int
+    config: RunConfig,
+    model: SlideModel,
+    sizes: Sequence[int],
+    ranks: int,
+    device: torch.device,
+    local_ranks: int,
+    grids: Sequence[SlideGrid] = (),
 ) -> int:
-    """The `execution.chunk` of a dense encoder that computes least within `execution.memory_budget`; 1 if none does.
+    """The `execution.chunk` of a dense encoder with which a run computes least, of those that fit, as `gigamil plan` says.
 
-    Args: as `refuse_unfit`.
+    Args: as `refuse_unfit`; the model's BatchNorm is folded if the run will do so.
     Raises:
-        ConfigError: a budget was set that has no room for a single block, and what that takes.
+        ConfigError: `execution.memory_budget` has no room for the graph of a single block; says what that takes.
     Cost: a few forwards and backwards of a handful of tiles.
     """
-    execution = config.execution.model_copy(update={"ranks": ranks, "chunk": config.execution.tiles_per_call})
-    config = config.model_copy(update={"execution": execution})
-    measured = _measure(config, model)
+    config, geometry = _changed(config, ranks=ranks, chunk=None), dense_geometry(model.encoder, config.slides, False)
+    measured, free = _measure(config, model, geometry, grids), free_device_memory(device, local_ranks)
     assert measured.blocks is not None, "an encoder of tiles has no blocks"
-    budget = memory_budget(execution.memory_budget, device, local_ranks)
-    plan = _predict(config, measured, sizes, "", _device(config), budget)
-    blocks = _blocks(config, measured, measured.blocks, sizes, plan)
-    if blocks.best_chunk is None and execution.memory_budget is not None:
-        raise ConfigError(
-            f"execution.memory_budget={execution.memory_budget:g} is {format_bytes(budget)}, and with the smallest blocks, of one "
-            f"tile, a rank takes {format_bytes(blocks.smallest_peak)}. Give it so much, or set execution.chunk to 1."
-        )
-    return blocks.best_chunk or 1
+    return _own_chunk(config, measured, measured.blocks, sizes, _device(config), free)
 
 
 def refuse_unfit(
-    config: RunConfig, model: SlideModel, sizes: Sequence[int], ranks: int, device: torch.device, local_ranks: int
+    config: RunConfig,
+    model: SlideModel,
+    sizes: Sequence[int],
+    ranks: int,
+    device: torch.device,
+    local_ranks: int,
+    grids: Sequence[SlideGrid] = (),
 ) -> None:
     """Refuse `execution.memory: keep` where the graphs of all chunks do not fit, before the first step.
 
@@ -333,13 +426,15 @@ def refuse_unfit(
         sizes: tiles of the training slides.
         ranks, local_ranks: of the world, and of this machine.
         device: of this rank.
+        grids: of a dense encoder's largest slides (`largest_grids`), as many as a step has; without them blocks are taken
+            to be whole and to lie inside large slides.
     Raises:
         ConfigError: with the plan's figures and what would make it fit.
     """
     if config.execution.memory != "keep":
         return
-    config = config.model_copy(update={"execution": config.execution.model_copy(update={"ranks": ranks})})
-    measured = _measure(config, model)
+    config, geometry = _changed(config, ranks=ranks), dense_geometry(model.encoder, config.slides, False)
+    measured = _measure(config, model, geometry, grids)
     free = free_device_memory(device, local_ranks)
     plan = _predict(config, measured, sizes, "from the shards", _device(config), free)
     if plan.fits:
@@ -420,16 +515,32 @@ def _largest_step(config: RunConfig, sizes: Sequence[int]) -> StepPlan:
     return plan_steps(range(len(largest)), largest, per_step, ranks // group_size, group_size)[0]
 
 
-def _largest_grids(config: RunConfig, data: TrainingData | None) -> list[SlideGrid]:
-    """Where the tiles of the largest step's slides lie; none where that is not known."""
+def _largest_grids(config: RunConfig, data: TrainingData) -> tuple[SlideGrid, ...]:
+    slides = data.slides("train")
+    return largest_grids(data.shards, slides.slide_ids, slides.sizes, config.science.slides_per_step)
+
+
+def _shapes(config: RunConfig, data: TrainingData | None) -> tuple[SlideShape, ...]:
+    """Of the slides with most cells, glass and all, as many as a step has; none where they are not known."""
     if data is None or not isinstance(data.shards, ShardSet):
-        return []
-    shards, slides = data.shards, data.slides("train")
-    largest = sorted(zip(slides.sizes, slides.slide_ids, strict=True), reverse=True)[: config.science.slides_per_step]
-    return [slide_grid(shards.manifest(slide_id), shards.index(slide_id)) for _, slide_id in largest]
+        return ()
+    manifests = map(data.shards.manifest, data.splits.train)
+    shapes = [SlideShape(manifest.num_y, manifest.num_x, manifest.num_tiles) for manifest in manifests]
+    return tuple(heapq.nlargest(config.science.slides_per_step, shapes, key=lambda shape: shape.share(1)))
 
 
-def _measure(config: RunConfig, model: SlideModel, data: TrainingData | None = None) -> _Model:
+def _changed(config: RunConfig, **changes: object) -> RunConfig:
+    """With other keys of `execution`."""
+    return config.model_copy(update={"execution": config.execution.model_copy(update=changes)})
+
+
+def _measure(
+    config: RunConfig,
+    model: SlideModel,
+    geometry: Geometry | None,
+    grids: Sequence[SlideGrid] = (),
+    shapes: tuple[SlideShape, ...] | None = None,
+) -> _Model:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     all_bytes = sum(parameter.nbytes for parameter in model.parameters())
     trained_bytes = sum(parameter.nbytes for parameter in trained)
@@ -438,7 +549,6 @@ def _measure(config: RunConfig, model: SlideModel, data: TrainingData | None = N
     numbers = (1, 2) if all_bytes > 200e6 else (2, 6)
     has_encoder = isinstance(model.encoder, TileEncoder)
     call = measure_calls(_encode(config, model), model, numbers) if has_encoder else _NO_CALL
-    geometry = dense_geometry(model.encoder, config.slides)
     return _Model(
         trained=trained_bytes,
         fixed=all_bytes - trained_bytes,
@@ -450,7 +560,8 @@ def _measure(config: RunConfig, model: SlideModel, data: TrainingData | None = N
         dim=model.encoder.dim,
         row_bytes=config.slides.tile_px**2 * 3 if has_encoder else model.encoder.dim * 4,
         has_encoder=has_encoder,
-        blocks=None if geometry is None else BlockCosts(geometry, config.slides.tile_px, _largest_grids(config, data)),
+        blocks=BlockCosts(geometry, config.slides.tile_px, grids) if geometry is not None and shapes is None else None,
+        shapes=shapes,
     )
 
 
@@ -475,15 +586,22 @@ def _measure_recomputed(config: RunConfig, model: SlideModel, numbers: tuple[int
 def _encode(config: RunConfig, model: SlideModel) -> Callable[[int], Tensor]:
     side = config.slides.tile_px
     is_narrow = config.science.precision == "bfloat16"
+    augment = augment_block if isinstance(model.encoder, DenseEncoder) else augment_tiles
+    network: ShardedNetwork | None = None
+    if config.execution.halo == "exchange" and isinstance(model.encoder, DenseEncoder):
+        network = ShardedNetwork(model.encoder.network, None)
 
     def encode(num_tiles: int) -> Tensor:
-        key_n = torch.arange(num_tiles)
+        # Of a dense encoder bytes are a line in the area of the block, whatever is around it.
+        images, rows = (num_tiles, 1) if network is None else (1, num_tiles)
+        key_n, cells = torch.arange(images), None
+        if network is not None:
+            cells = SharedSlide(network, (0, rows * side), [np.arange(rows)], 0, None)
         with torch.no_grad():
-            image_nCHW = to_float(torch.zeros((num_tiles, side, side, 3), dtype=torch.uint8), torch.float32)
-            image_nCHW = augment_tiles(image_nCHW, key_n, settings=config.science.augment)
+            image_nCHW = to_float(torch.zeros((images, rows * side, side, 3), dtype=torch.uint8), torch.float32)
+            image_nCHW = augment(image_nCHW, key_n, settings=config.science.augment)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=is_narrow):
-            # Of a dense encoder bytes are a line in the area of the block, whatever is around it.
-            return model.encode(image_nCHW, key_n)
+            return model.encode(image_nCHW, key_n, cells)
 
     return encode
 
@@ -666,14 +784,12 @@ def _predict(
     step = _largest_step(config, sizes)
     group_sizes = max((step.group_sizes(group) for group in range(len(step.groups))), key=sum)
     num_tiles = -(-sum(group_sizes) // step.group_size)
-    most_rows = execution.tiles_per_call if model.has_encoder else FEATURE_ROWS
-    chunk, num_chunks = min(most_rows, max(1, num_tiles)), step.max_calls(most_rows)
-    block = None if model.blocks is None else model.blocks.at(execution.tiles_per_call)
-    area, mean_area = float(chunk), float(chunk)
-    if block is not None:
-        # A square is cut where two ranks share it, and may hold few tiles.
-        chunk, area, mean_area = execution.tiles_per_call, block.largest_area, block.mean_area
-        num_chunks = max(num_chunks, -(-block.num_calls // step.group_size) + (step.group_size > 1))
+    shared: SharedRows | None = None
+    if model.shapes is None:
+        calls = _calls(config, model, step, num_tiles)
+    else:
+        calls, shared = _shared_calls(model.shapes, step)
+    chunk, num_chunks, area = calls.chunk, calls.number, calls.largest
     recomputed = None if execution.activation_checkpointing == "none" else model.recomputed()
     call = recomputed or model.call
 
@@ -696,7 +812,10 @@ def _predict(
     tile_bytes = num_tiles * model.row_bytes
     limit = execution.tile_cache if execution.tile_cache is not None else 0.25
     cache = int(limit if limit > 1 else limit * max(0, available - static))
-    held, tiles_note = _tiles(config, tile_bytes, cache, round(area * model.row_bytes), on_gpu)
+    if model.blocks is None and shared is None:
+        held, tiles_note = _tiles(config, tile_bytes, cache, chunk * model.row_bytes, on_gpu)
+    else:
+        held, tiles_note = _images(calls, model.row_bytes, cache, 0 if on_gpu else sum(sizes) * model.row_bytes)
     embeddings = 2 * num_tiles * model.dim * 4
     head = model.head(group_sizes, step.group_size)
 
@@ -709,15 +828,19 @@ def _predict(
 
     kept_chunk, later = call.kept.at(area), call.later.at(area)
     rest = static + held + embeddings + head.memory + gradients + later + max(reduced + reduction, update)
-    rest += 0 if on_gpu else PROCESS_BYTES
+    process = PROCESS_BYTES + (
+        BLOCKS_BYTES if model.blocks is not None else EXCHANGE_BYTES if shared is not None else 0
+    )
+    rest += 0 if on_gpu else process
     budget = _budget(execution.memory_budget, available, rest)
-    num_kept = min(num_chunks, chunks_to_keep(execution.memory, kept_chunk, budget)) if model.has_encoder else 0
-    if block is None:
+    memory = execution.memory if shared is None else memory_of_shared(config, len(step.groups))
+    num_kept = min(num_chunks, chunks_to_keep(memory, kept_chunk, budget)) if model.has_encoder else 0
+    if model.blocks is None and shared is None:
         kept_tiles = min(num_tiles, num_kept * chunk)
         kept = sum(call.kept.at(min(chunk, num_tiles - start)) for start in range(0, kept_tiles, chunk))
     else:
         kept_tiles = round(num_tiles * num_kept / num_chunks)
-        kept = num_kept * call.kept.at(mean_area)
+        kept = num_kept * call.kept.at(calls.mean)
     blind = call.blind.at(area)
     if num_kept:
         # The first backward frees a graph while gradients come into being; the next ones work beside them.
@@ -752,7 +875,7 @@ def _predict(
     ]
     rows.append(Row("reduction, update and checkpoint, the largest of them", afterwards))
     if not on_gpu:
-        rows.append(Row("process", PROCESS_BYTES, "code made on first use, thread buffers, Python"))
+        rows.append(Row("process", process, "code made on first use, thread buffers, pieces of memory, Python"))
     typical = sorted(sizes)[len(sizes) // 2] * min(len(sizes), science.slides_per_step)
     f = kept_tiles / num_tiles if num_tiles else 1.0
     return Plan(
@@ -765,14 +888,60 @@ def _predict(
         chunk=chunk,
         num_chunks=num_chunks,
         num_kept=num_kept,
+        graph=kept_chunk,
+        graph_budget=budget,
         kept_share=f,
         rows=tuple(rows),
         peak=sum(row.bytes for row in rows),
-        available=available,
+        available=available if shared is None or shared.is_known else None,
         traffic=_traffic(config, model, head.sent),
         cost=(4 if execution.activation_checkpointing == "none" else 5) - f if model.has_encoder else 0,
         remedies=(),
+        shared=shared,
     )
+
+
+def _calls(config: RunConfig, model: _Model, step: StepPlan, num_tiles: int) -> _Calls:
+    """Of tiles, or of the blocks of a dense encoder."""
+    chunk = config.execution.tiles_per_call
+    if model.blocks is not None:
+        block = model.blocks.at(chunk)
+        return _Calls(chunk, model.blocks.most_calls(chunk, step), block.largest_area, block.mean_area)
+    most_rows = chunk if model.has_encoder else FEATURE_ROWS
+    chunk = min(most_rows, max(1, num_tiles))
+    return _Calls(chunk, step.max_calls(most_rows), chunk, chunk)
+
+
+def _shared_calls(shapes: Sequence[SlideShape], step: StepPlan) -> tuple[_Calls, SharedRows]:
+    """Of a rank that computes its rows of each slide of its group."""
+    is_known = bool(shapes)
+    if not is_known:
+        sides = [math.ceil(math.sqrt(size)) for size in step.sizes]
+        shapes = [SlideShape(side, side, size) for side, size in zip(sides, step.sizes, strict=True)]
+    areas = [[shapes[position].share(step.group_size) for position in group] for group in step.groups]
+    largest, busiest = max(map(max, filter(None, areas))), max(areas, key=sum)
+    factor = sum(shape.share(1) for shape in shapes) / sum(shape.num_tiles for shape in shapes)
+    calls = _Calls(largest, len(busiest), largest, sum(busiest) / len(busiest))
+    return calls, SharedRows(largest, factor, is_known)
+
+
+def memory_of_shared(config: RunConfig, num_groups: int) -> Literal["keep", "replay"]:
+    """`execution.memory` where ranks share slides row by row; auto keeps one slide's graph, which takes no more than replay."""
+    memory = config.execution.memory
+    if memory == "auto":
+        return "keep" if config.science.slides_per_step <= num_groups else "replay"
+    return memory
+
+
+def _images(calls: _Calls, row_bytes: int, cache: int, decoded: int) -> tuple[int, str]:
+    """Bytes of what a dense encoder's calls read, as ChunkFeed holds it, and of the tiles that a source keeps for the next.
+
+    Args:
+        decoded: bytes of all tiles that a source may keep in the device's memory.
+    """
+    kept = min(round(calls.number * calls.mean * row_bytes), cache)
+    held = kept + round(2 * calls.largest * row_bytes) + min(decoded, DECODED_BYTES)
+    return held, "with what is around them, kept between the passes, and tiles that blocks have in common"
 
 
 def _tiles(config: RunConfig, tile_bytes: int, cache: int, chunk_bytes: int, on_gpu: bool) -> tuple[int, str]:
@@ -808,23 +977,66 @@ def _traffic(config: RunConfig, model: _Model, head_sent: int) -> tuple[Row, ...
 
 def _blocks(config: RunConfig, model: _Model, costs: BlockCosts, sizes: Sequence[int], plan: Plan) -> Blocks:
     """Of the run as it is configured, and of the size of blocks with which it would compute least."""
-    here = costs.at(config.execution.tiles_per_call)
+    assert plan.available is not None
+    here, device, available = costs.at(config.execution.tiles_per_call), plan.device, plan.available
+    smallest = _predict(_changed(config, chunk=1, memory="replay"), model, sizes, "", device, available)
+    found = Blocks(here.side_px, here.read_px, here.factor, bool(costs.grids), smallest.peak)
+    plans = _plans_of_blocks(config, model, costs, sizes, device, available)
+    chunk = _least_work(config, costs, plans)
+    if chunk is None:
+        return found
+    best = plans[chunk]
+    return replace(
+        found, best_chunk=chunk, best_factor=costs.at(chunk).factor, best_cost=best.cost, best_peak=best.peak
+    )
 
-    def planned(**changes: object) -> Plan:
-        changed = config.model_copy(update={"execution": config.execution.model_copy(update=changes)})
-        return _predict(changed, model, sizes, plan.slides, plan.device, plan.available or 0)
 
-    found = Blocks(here.side_px, here.read_px, here.factor, bool(costs.grids), planned(chunk=1, memory="replay").peak)
-    chunk, best_work = 1, math.inf
-    while chunk <= costs.largest_chunk:
-        other, cost = planned(chunk=chunk), costs.at(chunk)
-        if other.fits and other.cost * cost.factor < best_work:
-            best_work = other.cost * cost.factor
-            found = replace(
-                found, best_chunk=chunk, best_factor=cost.factor, best_cost=other.cost, best_peak=other.peak
-            )
-        chunk *= 4
-    return found
+def _plans_of_blocks(
+    config: RunConfig,
+    model: _Model,
+    costs: BlockCosts,
+    sizes: Sequence[int],
+    device: Literal["cpu", "cuda"],
+    available: int,
+) -> dict[int, Plan]:
+    """For each size of blocks, from one tile to a slide, by `execution.chunk`."""
+    chunks = [4**power for power in range(costs.largest_chunk.bit_length()) if 4**power <= costs.largest_chunk]
+    return {chunk: _predict(_changed(config, chunk=chunk), model, sizes, "", device, available) for chunk in chunks}
+
+
+def _least_work(config: RunConfig, costs: BlockCosts, plans: Mapping[int, Plan]) -> int | None:
+    """The chunk with which the run computes least, of those that fit; None if none does."""
+    keeps_all = config.execution.memory == "keep"
+    fitting = [chunk for chunk, plan in plans.items() if plan.fits and (keeps_all or plan.graph <= plan.graph_budget)]
+    # Of equals (a network without halo) those of fewer calls, and then the smallest: beyond a slide nothing is larger.
+    work = {chunk: (plans[chunk].cost * costs.at(chunk).factor, plans[chunk].num_chunks) for chunk in fitting}
+    return min(fitting, key=lambda chunk: work[chunk], default=None)
+
+
+def _own_chunk(
+    config: RunConfig,
+    model: _Model,
+    costs: BlockCosts,
+    sizes: Sequence[int],
+    device: Literal["cpu", "cuda"],
+    available: int,
+) -> int:
+    """`execution.chunk`; where that is null, the blocks that compute least, and if none fit those that take least.
+
+    Raises:
+        ConfigError: `execution.memory_budget` in bytes has no room for the graph of a single block.
+    """
+    execution = config.execution
+    if execution.chunk is not None:
+        return execution.chunk
+    plans = _plans_of_blocks(config, model, costs, sizes, device, available)
+    setting, graph = execution.memory_budget, plans[1].graph
+    if setting is not None and setting > 1 and execution.memory != "keep" and graph > setting:
+        raise ConfigError(
+            f"execution.memory_budget={setting:g} is {format_bytes(int(setting))}, and the graph of the smallest block, of one "
+            f"tile, takes {format_bytes(graph)}. Give it so much, or set execution.chunk to 1."
+        )
+    return _least_work(config, costs, plans) or min(plans, key=lambda chunk: plans[chunk].peak)
 
 
 def _remedies(config: RunConfig, model: _Model, sizes: Sequence[int], plan: Plan) -> tuple[str, ...]:
@@ -834,21 +1046,24 @@ def _remedies(config: RunConfig, model: _Model, sizes: Sequence[int], plan: Plan
     found = []
 
     def fits(**changes: object) -> Plan | None:
-        changed = config.model_copy(update={"execution": execution.model_copy(update=changes)})
-        other = _predict(changed, model, sizes, plan.slides, plan.device, plan.available or 0)
+        other = _predict(_changed(config, **changes), model, sizes, plan.slides, plan.device, plan.available or 0)
         return other if other.fits else None
 
     candidates: list[tuple[str, dict[str, object]]] = []
-    if execution.memory == "keep" and model.has_encoder:
+    if plan.shared is not None and plan.num_kept:
+        candidates.append(("execution.memory replay", {"memory": "replay"}))
+    elif execution.memory == "keep" and model.has_encoder:
         candidates.append(("execution.memory auto", {"memory": "auto"}))
     candidates.append(("execution.tile_cache 0.05", {"tile_cache": 0.05}))
-    chunk = plan.chunk
-    while chunk > 1 and model.has_encoder:
-        chunk //= 2
+    chunk, parts = plan.chunk, 2
+    if model.blocks is not None:  # squares: of a chunk between two of them the smaller one is what runs
+        chunk, parts = block_side(chunk) ** 2, 4
+    while chunk > 1 and model.has_encoder and plan.shared is None:
+        chunk //= parts
         candidates.append((f"execution.chunk {chunk}", {"chunk": chunk, "memory": "auto"}))
     if plan.device == "cuda" and execution.zero_stage in (1, 2):
         candidates.append(("execution.offload true", {"offload": True}))
-    if execution.activation_checkpointing == "none" and model.recomputed() is not None:
+    if execution.activation_checkpointing == "none" and plan.shared is None and model.recomputed() is not None:
         change = {"activation_checkpointing": "blocks", "memory": "auto"}
         candidates.append(("execution.activation_checkpointing blocks", dict(change)))
         small = {"chunk": 1} | change

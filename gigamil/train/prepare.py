@@ -1,11 +1,13 @@
 """What a configuration does to a model between its making and the engine: checks, and how the encoder is computed."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
+from gigamil.data.blocks import SlideGrid
 from gigamil.errors import ConfigError
 from gigamil.models.compiled import compile_encoder
 from gigamil.models.encoder import DenseEncoder, GivenFeatures
@@ -31,6 +33,7 @@ def prepare_model(
     val: SlideSet,
     topology: Topology,
     device: torch.device,
+    grids: Sequence[SlideGrid] = (),
 ) -> None:
     """Refuse what cannot be trained exactly or does not fit, then make the encoder run as `execution` says.
 
@@ -42,6 +45,7 @@ def prepare_model(
         train, val: slides, for their sizes.
         topology: of the ranks.
         device: where it will be trained.
+        grids: of a dense encoder's largest slides, as many as a step has.
     Raises:
         ConfigError: the encoder mixes tiles, the aggregator needs larger bags, `memory: keep` does not fit, or the
             encoder has no blocks to recompute.
@@ -54,8 +58,7 @@ def prepare_model(
     refuse_unstreamable(model.encoder, config.execution)
     refuse_tile_mixing(model.encoder, config.slides.tile_px)
     set_batchnorm(model.encoder, config.execution)
-    if config.execution.halo == "read":  # else it depends on the size of the slides, glass and all
-        refuse_unfit(config, model, train.sizes, topology.world_size, device, topology.local_size)
+    refuse_unfit(config, model, train.sizes, topology.world_size, device, topology.local_size, grids)
     backbone = model.encoder.backbone
     checkpoint_encoder(backbone, config.execution.activation_checkpointing)
     if config.execution.compile:

@@ -18,6 +18,8 @@ from gigamil.train.plan import PROCESS_BYTES, plan_run
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="the kernel does not tell the peak")
 
 VIT = "timm/vit_small_patch16_224"
+DENSE = "resnet18 to layer3"
+OPTIONS = {VIT: {"img_size": 96, "depth": 6}, DENSE: {"dense": "layer3", "pool": 6}}  # cells of 96 px
 MAX_RUNS = 5  # equal runs of a ViT on two ranks peaked at 370, 375, 429 and 430 MB: glibc fits blocks in, or does not
 
 
@@ -35,8 +37,7 @@ def measured_bytes(config: RunConfig) -> int:
 
 def make(folder: Path, encoder: str, **execution: object) -> RunConfig:
     """Slides of 96 tiles of 96 px, two in a step: tensors outweigh everything else."""
-    options = {"img_size": 96, "depth": 6} if encoder == VIT else {}
-    return noise_run(folder, encoder, options, tile_px=96, size=96, execution=execution)
+    return noise_run(folder, encoder.split()[0], OPTIONS.get(encoder), tile_px=96, size=96, execution=execution)
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +60,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("resnet50", 1, {"memory": "replay", "chunk": 8}),
         (VIT, 1, {"memory": "keep"}),
         (VIT, 2, {"memory": "replay", "zero_stage": 2}),
+        (DENSE, 1, {"memory": "replay", "chunk": 64}),
+        (DENSE, 1, {"memory": "keep", "chunk": 16}),
+        (DENSE, 2, {"memory": "replay", "halo": "exchange"}),
+        (DENSE, 2, {"memory": "keep", "halo": "exchange"}),
     ],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else str(value),
 )

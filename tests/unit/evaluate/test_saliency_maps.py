@@ -13,6 +13,7 @@ from gigamil.data.tile import tile_cohort
 from gigamil.errors import ConfigError, TrainingError
 from gigamil.evaluate.attention import Attention, attention_path, write_attention
 from gigamil.evaluate.heatmap import heatmap_run
+from gigamil.evaluate.predict import predict_slides
 from gigamil.evaluate.predictions import FILE_NAME, Predictions, write_predictions
 from gigamil.evaluate.saliency_figure import write_saliency_tiff
 from gigamil.evaluate.saliency_maps import MOST_SQUARES, Saliencies, Saliency, _square_px, refuse_tile_encoder
@@ -121,6 +122,35 @@ def test_where_memory_runs_out_blocks_become_smaller_and_the_result_stays(folder
     limit = 0
     with pytest.raises(TrainingError, match="slide 'a': the device has no memory for the saliency of a single tile"):
         saliencies("a", 0)
+
+
+def test_blocks_are_as_large_as_the_memory_of_this_machine_lets_them_be(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(folder, "shards")
+    model, shards = tiled(config)
+    config = config.model_copy(update={"execution": config.execution.model_copy(update={"chunk": None})})
+    sizes: list[int] = []
+
+    def called(free: int) -> tuple[np.ndarray, np.ndarray]:
+        """What is found, and to `sizes` the numbers of pixels of the largest blocks."""
+        monkeypatch.setattr("gigamil.train.plan.free_device_memory", lambda *_: free)
+        inputs: list[int] = []
+        hook = model.encoder.network.register_forward_pre_hook(lambda _, images: inputs.append(images[0][0, 0].numel()))
+        (prediction,) = predict_slides(config, model, shards, ["a"], CPU)
+        sizes.append(max(inputs))
+        inputs.clear()
+        saliency = Saliencies(config, model, shards, CPU)("a", 0)  # of parameters without gradients, the second time
+        sizes.append(max(inputs))
+        hook.remove()
+        return prediction.probs_K, saliency.value_hw
+
+    much, little = called(8 * 10**9), called(10**6)
+    whole, tile = 224 * 320, (3 * TILE_PX) ** 2  # the slide, and what a tile in its midst looks at
+    assert max(sizes[:2]) > whole / 2
+    assert max(sizes[2:]) <= tile
+    for found, wanted in zip(little, much, strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-5 * wanted.max())
 
 
 @pytest.mark.parametrize("source", ["shards", "features"])

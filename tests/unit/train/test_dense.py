@@ -1,5 +1,7 @@
 """Dense encoders in a run: what is refused before it begins, and a device that has no memory for a block."""
 
+import re
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -13,12 +15,13 @@ from gigamil.errors import ConfigError, TrainingError
 from gigamil.memory.geometry import geometry_of
 from gigamil.models.encoder import DenseEncoder
 from gigamil.models.networks import FrozenStatistics
-from gigamil.models.slide_model import build_model
-from gigamil.partition.blocks import block_ranges
+from gigamil.models.slide_model import SlideModel, build_model
+from gigamil.partition.blocks import block_ranges, block_side
+from gigamil.partition.schedule import plan_steps
 from gigamil.testing import dense
 from gigamil.testing.dense import SHAPES, DenseCase, check_dense_cases
 from gigamil.train.dense import BlockCosts, dense_geometry
-from gigamil.train.plan import Plan, best_chunk, plan_run
+from gigamil.train.plan import Plan, best_chunk, plan_run, refuse_unfit
 from gigamil.units import format_bytes
 
 MEAN_STD = ((0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
@@ -70,19 +73,28 @@ def test_the_configuration_makes_a_dense_resnet_and_refuses_it_of_others() -> No
     assert model.eval()(torch.zeros(2, 3, 64, 64), None).shape == (2, 256)
     for name in ("small_cnn", "timm/resnet18"):
         other = RunConfig.model_validate({"science": {"encoder": part | {"name": name}}})
-        with pytest.raises(ConfigError, match=rf"dense=layer3 is for torchvision's ResNets, not for encoder '{name}'"):
+        with pytest.raises(ConfigError, match=rf"encoder '{name}' does not take science.encoder.dense and pool"):
             build_model(other.science, 2)
 
 
 CONFIG = {
-    "science": {"encoder": {"name": "small_dense_cnn", "options": {"width": 4, "pool": 2}}},
+    "science": {"encoder": {"name": "small_dense_cnn", "options": {"width": 4, "pool": 2}}, "slides_per_step": 1},
     "slides": {"tile_px": 32},
 }
 
 
-def planned(chunk: int, memory: int = 8 * 10**9, strategy: str = "auto") -> Plan:
-    config = RunConfig.model_validate(CONFIG | {"execution": {"chunk": chunk, "memory": strategy, "device": "cpu"}})
-    return plan_run(config, tiles=4000, device_memory=memory)
+def config_with(**execution: object) -> RunConfig:
+    return RunConfig.model_validate(CONFIG | {"execution": {"device": "cpu"} | execution})
+
+
+@cache
+def planned(chunk: int, memory: int = 8 * 10**9, strategy: str = "auto", tiles: int = 4000) -> Plan:
+    return plan_run(config_with(chunk=chunk, memory=strategy), tiles=tiles, device_memory=memory)
+
+
+@pytest.fixture
+def model() -> SlideModel:
+    return build_model(RunConfig.model_validate(CONFIG).science, 2).train()
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 7, 16, 64, 1024])
@@ -137,41 +149,116 @@ def test_memory_for_less_than_one_block_is_told_with_the_least_that_is_needed() 
     assert enough.blocks.best_peak <= need * 1.1
 
 
-def test_the_size_of_blocks_is_chosen_by_memory() -> None:
-    config = RunConfig.model_validate(CONFIG)
-    model, cpu = build_model(config.science, 2).train(), torch.device("cpu")
+def chosen(config: RunConfig, model: SlideModel, tiles: int, free: int) -> int:
+    """What training chooses where so much memory is free, which is what `gigamil plan` chooses."""
     with pytest.MonkeyPatch.context() as patch:
-        chosen = []
-        for memory in (10**6, planned(1).blocks.smallest_peak + 10**7, 8 * 10**9):
-            patch.setattr("gigamil.memory.budget.free_device_memory", lambda *_, memory=2 * memory: memory)
-            chosen.append(best_chunk(config, model, [4000], 1, cpu, 1))
-    assert chosen[0] == 1
-    assert 1 <= chosen[1] < chosen[2]
-    small = config.model_copy(update={"execution": config.execution.model_copy(update={"memory_budget": 10**6})})
-    with pytest.raises(
-        ConfigError, match=r"memory_budget=1e\+06 is 1 MB, and with the smallest blocks, of one tile, a rank"
+        patch.setattr("gigamil.train.plan.free_device_memory", lambda *_: free)
+        found = best_chunk(config, model, [tiles], 1, torch.device("cpu"), 1)
+    assert plan_run(config, tiles=tiles, device_memory=free).chunk == found
+    return found
+
+
+def test_the_size_of_blocks_is_chosen_by_memory(model: SlideModel) -> None:
+    config, enough_for_one = config_with(chunk=None), planned(1).blocks.smallest_peak + 10**7
+    sizes = [chosen(config, model, 4000, memory) for memory in (10**6, enough_for_one, 8 * 10**9)]
+    assert sizes[0] == 1
+    assert 1 <= sizes[1] < sizes[2]
+
+
+@pytest.mark.parametrize("chunk", [16, pytest.param(256, marks=pytest.mark.slow)])
+def test_a_budget_of_bytes_is_for_the_graph_of_a_block_and_not_for_the_whole_rank(
+    chunk: int, model: SlideModel
+) -> None:
+    tiles, free = 40_000, 32 * 10**9
+    budget = int(1.5 * planned(chunk, free, tiles=tiles).graph)
+    config = config_with(chunk=None, memory_budget=budget)
+    assert chosen(config, model, tiles, free) == chunk
+    plan = plan_run(config, tiles=tiles, device_memory=free)
+    assert plan.num_chunks > plan.num_kept >= 1
+    assert plan.fits
+    assert plan.peak > budget
+    assert f"(execution.chunk {chunk})" in plan.text()
+    assert chosen(config_with(chunk=None, memory_budget=1e9), model, tiles, free) > chunk
+
+
+def test_a_budget_below_the_graph_of_one_block_is_refused_with_what_that_takes(model: SlideModel) -> None:
+    graph = planned(1).graph
+    small = config_with(chunk=None, memory_budget=graph // 2)
+    words = rf"memory_budget=.* is .*, and the graph of the smallest block, of one tile, takes {format_bytes(graph)}"
+    for choose in (
+        lambda: best_chunk(small, model, [4000], 1, torch.device("cpu"), 1),
+        lambda: plan_run(small, tiles=4000, device_memory=8 * 10**9),
     ):
-        best_chunk(small, model, [4000], 1, cpu, 1)
+        with pytest.raises(ConfigError, match=words):
+            choose()
 
 
-class SmallDevice(FrozenStatistics):
-    """A network on a device without memory for images of more than `limit` pixels with a graph."""
+def test_where_all_graphs_are_kept_and_do_not_fit_blocks_are_those_that_take_least(model: SlideModel) -> None:
+    peaks = {4**power: planned(4**power, strategy="keep").peak for power in range(7)}
+    best = min(peaks, key=lambda chunk: peaks[chunk])
+    assert peaks[1] == max(peaks.values())
+    config, cpu = config_with(chunk=None, memory="keep"), torch.device("cpu")
+    assert chosen(config, model, 4000, peaks[best] * 3 // 4) == best
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gigamil.train.plan.free_device_memory", lambda *_: peaks[best] * 3 // 4)
+        with pytest.raises(ConfigError, match=f"take {format_bytes(peaks[best])} on a rank") as refusal:
+            refuse_unfit(config_with(chunk=best, memory="keep"), model, [4000], 1, cpu, 1)
+    assert "execution.memory auto" in str(refusal.value)
 
-    limit = 0
 
-    def forward(self, image_nCHW: Tensor, tile_key_n: Tensor | None) -> Tensor:
-        if torch.is_grad_enabled() and image_nCHW.shape[-1] * image_nCHW.shape[-2] > self.limit:
-            raise torch.OutOfMemoryError("injected")
-        return super().forward(image_nCHW, tile_key_n)
+def test_a_chunk_between_two_squares_is_planned_as_the_smaller() -> None:
+    plans = [planned(chunk, 2 * 10**8, "keep") for chunk in (64, 100)]
+    assert plans[0].num_chunks == plans[1].num_chunks == -(-4000 // 64)
+    assert plans[0].peak == plans[1].peak
+    assert plans[0].remedies == plans[1].remedies
+    sizes = re.findall(r"execution\.chunk (\d+): peak", " ".join(plans[0].remedies))
+    assert sizes
+    assert all(block_side(int(size)) ** 2 == int(size) for size in sizes)
+
+
+@pytest.mark.parametrize(("num_groups", "group_size"), [(1, 1), (2, 1), (1, 2), (3, 2)])
+@pytest.mark.parametrize("chunk", [1, 4, 64])
+def test_the_busiest_ranks_calls_are_counted(num_groups: int, group_size: int, chunk: int) -> None:
+    case = DenseCase("dilated, max", SHAPES[0], 1, chunk)
+    grids = sorted(dense.make_slides(case, 8)[1], key=lambda grid: -len(grid.cell_N2))
+    sizes = [len(grid.cell_N2) for grid in grids]
+    (step,) = plan_steps(range(len(grids)), sizes, len(grids), num_groups, group_size)
+    calls = [0]
+    for group, positions in enumerate(step.groups):
+        for rank in range(group_size):
+            spans = step.spans(group, rank)
+            cells = [grids[positions[span.slide]].cell_N2[span.start : span.stop] for span in spans]
+            slide_n = np.repeat(np.arange(len(spans)), [len(cell_n2) for cell_n2 in cells])
+            calls.append(len(block_ranges(slide_n, np.concatenate([np.zeros((0, 2), np.int64), *cells]), chunk)))
+    geometry = geometry_of(dense.make_model(case.net).encoder.network)
+    assert BlockCosts(geometry, 8, grids).most_calls(chunk, step) == max(calls)
+    if chunk == 1:
+        assert max(calls) == max(max(step.counts(group)) for group in range(num_groups))
+
+
+def test_what_blocks_read_is_held_once_with_what_is_around_them() -> None:
+    tiles_bytes = 4000 * 32 * 32 * 3
+    for chunk in (1, 64):
+        plan = planned(chunk)
+        (row,) = (row for row in plan.rows if row.name == "tiles")
+        block = plan.blocks.read_px[0] * plan.blocks.read_px[1] * 3
+        # Kept between the passes; one in use and one ahead; tiles that blocks have in common.
+        assert row.bytes == pytest.approx(plan.num_chunks * block + 2 * block + tiles_bytes, rel=1e-3)
+        (row,) = (row for row in planned(chunk, plan.peak // 2).rows if row.name == "tiles")
+        assert row.bytes < plan.peak // 8 + 2 * block + tiles_bytes
 
 
 @pytest.mark.parametrize("keep", ["none", "half"])
 def test_a_block_that_does_not_fit_is_cut_into_quarters(monkeypatch: pytest.MonkeyPatch, keep: str) -> None:
-    made = dense.make_model
+    made, limit = dense.make_model, 50 * 50  # pixels of an image with a graph: blocks of 2 x 2 cells, with their halo
+
+    def refuse_large(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if torch.is_grad_enabled() and inputs[0].shape[-1] * inputs[0].shape[-2] > limit:
+            raise torch.OutOfMemoryError("injected")
 
     def make_model(*words: Any) -> Any:
         model = made(*words)
-        model.encoder.backbone.__class__ = SmallDevice
+        model.encoder.network.register_forward_pre_hook(refuse_large)
         return model
 
     case = DenseCase("convolutions, mean", SHAPES[0], 1, 64, keep)
@@ -180,8 +267,7 @@ def test_a_block_that_does_not_fit_is_cut_into_quarters(monkeypatch: pytest.Monk
     whole = dense.reference(case)
     monkeypatch.setattr(dense, "make_model", make_model)
     monkeypatch.setattr(dense, "reference", lambda _: whole)
-    monkeypatch.setattr(SmallDevice, "limit", 50 * 50)  # blocks of 2 x 2 cells, with their halo
     assert check_dense_cases(0, 1, [case])[0].within(1e-10)
-    monkeypatch.setattr(SmallDevice, "limit", 10)
+    limit = 10
     with pytest.raises(TrainingError, match="no memory for a single tile"):
         check_dense_cases(0, 1, [case])
