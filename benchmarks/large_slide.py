@@ -1,23 +1,29 @@
-"""Does one training step over a slide of 65,536 x 65,536 pixels go through, and in how much memory?
+"""Does a training step over a slide of 65,536 x 65,536 pixels go through, and in how much memory?
 
-A slide file is painted once (a pyramid of JPEG tiles, one part of it repeated), its tiles are placed, and two ranks make one
-step with a dense encoder: every pixel of tissue goes through one network, in blocks, with the exact gradient. The same
-step over smaller parts of the slide tells how memory grows.
+A slide file is painted (a pyramid of JPEG tiles, one part of 4096 px repeated; made once), `gigamil tile` finds its tissue,
+and two ranks on the CPU make one step as training makes it, DeepSpeed included: a thin dense encoder (`small_dense_cnn` of
+width 4) sees every pixel of tissue, in blocks of 2048 px that are read from the file with their surroundings, and every
+parameter gets its exact gradient. The same on slides of half the side, a quarter, ... shows how memory grows.
 
-    python benchmarks/large_slide.py [--side 65536] [--ranks 2] [--folder DIR]
+Expected: memory is that of a block from 8192 px on (smaller slides have no block with surroundings on all sides), and then
+grows by what a tile leaves behind: its embedding, the gradient of that, what the head saves of it, and its place in the index. A few
+hundred bytes a tile of 65,536 pixels are below the noise of a peak, which is some megabytes; bytes_per_tile may be negative.
 
-The last line is JSON: side, tiles, seconds, peak_mb (above the process's start, the largest rank), growth (of that
-memory per tile, over what embeddings and their gradient take).
+    python benchmarks/large_slide.py [--side 65536] [--ranks 2] [--folder runs/large_slide]
+
+About a quarter of an hour on two idle cores, and half a gigabyte of disk; `--side 16384` takes two minutes. Peaks are resident
+memory of a rank above its start, when libraries are loaded and ranks have met. The last line is JSON of the largest slide:
+side, tiles, seconds (of the step, reading included), peak_mb (of the rank with most), loss, bytes_per_tile (growth of a rank's
+peak from a quarter of the side on, over its tiles).
 """
 
 import argparse
 import json
 import os
-import tempfile
-import time
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from time import perf_counter
 
 import numpy as np
 import torch
@@ -39,87 +45,155 @@ from gigamil.train.loss import cross_entropy
 from gigamil.train.memory import MemoryMeter
 from gigamil.train.step import ExactStep
 
-BASE_PX = 4096
-CHUNK = 64  # tiles of 256 px: blocks of 2048 px and what is around them
+SLIDE_ID, MPP = "slide", 0.5
+LEVELS = 4  # of the pyramid
+TIMEOUT_S = 2 * 3600
 
 
-def paint(folder: Path, side: int) -> Path:
-    """A slide of tissue with a lane of glass around each 4096 pixels."""
+@dataclass(frozen=True)
+class Sizes:
+    """How large slides and blocks are.
+
+    Attributes:
+        base: pixels along the side of what is painted and repeated; also the smallest slide.
+        tile_px: side of a tile, of the file's own and of the encoder's cells; a multiple of 16.
+        chunk: tiles of a block.
+    """
+
+    base: int = 4096
+    tile_px: int = 256
+    chunk: int = 64
+
+
+TINY = Sizes(base=512, tile_px=32, chunk=4)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One slide.
+
+    Attributes:
+        side: in pixels.
+        tiles: of tissue.
+        seconds: of the step on the slowest rank.
+        peak_mb: above the start, on the rank with most.
+        loss: of the slide.
+    """
+
+    side: int
+    tiles: int
+    seconds: float
+    peak_mb: float
+    loss: float
+
+
+def sides_up_to(side: int, base: int) -> list[int]:
+    """The base, twice that, ... and the side.
+
+    Raises:
+        SystemExit: the side is none of these.
+    """
+    sides = [base]
+    while sides[-1] < side:
+        sides.append(2 * sides[-1])
+    if sides[-1] != side:
+        raise SystemExit(f"--side {side}: must be {base} or twice, four times, ... that")
+    return sides
+
+
+def paint(folder: Path, side: int, sizes: Sizes) -> Path:
+    """The file of a slide: stained noise, with a lane of glass around each part that is repeated."""
     path = folder / f"slide-{side}.tiff"
     if not path.is_file():
-        generator = np.random.default_rng(0)
-        base = min(side, BASE_PX)
-        coarse = generator.normal(0, 30, (base // 16, base // 16, 3)).repeat(16, 0).repeat(16, 1)
-        image = np.clip(coarse + [190, 90, 150], 0, 255).astype(np.uint8)
-        image[:128], image[:, :128] = 245, 245
-        write_pyramid_tiff(path, image, 0.5, levels=4, repeat=(side // base, side // base))
+        cells, lane = sizes.base // 16, sizes.base // 32
+        coarse_HW3 = np.random.default_rng(0).normal(0, 30, (cells, cells, 3)).repeat(16, 0).repeat(16, 1)
+        image_HW3 = np.clip(coarse_HW3 + [190, 90, 150], 0, 255).astype(np.uint8)
+        image_HW3[:lane], image_HW3[:, :lane] = 245, 245
+        unfinished = path.with_suffix(".part")  # so that one that was interrupted is not taken for the slide
+        repeat = (side // sizes.base, side // sizes.base)
+        write_pyramid_tiff(unfinished, image_HW3, MPP, tile=sizes.tile_px, levels=LEVELS, repeat=repeat)
+        unfinished.replace(path)
     return path
 
 
-def configuration(folder: Path, side: int, ranks: int) -> RunConfig:
-    """A thin dense encoder and CLAM's attention on one slide."""
-    path, table = paint(folder, side), folder / f"slides-{side}.csv"
-    table.write_text(f"slide_id,path,patient_id,label\nslide,{path},p,a\n")
+def configuration(folder: Path, side: int, ranks: int, sizes: Sizes) -> RunConfig:
+    """One slide, a thin dense encoder, gated attention."""
+    table = folder / f"slides-{side}.csv"
+    table.write_text(f"slide_id,path,patient_id,label\n{SLIDE_ID},{paint(folder, side, sizes).resolve()},p,a\n")
+    encoder = {"name": "small_dense_cnn", "options": {"width": 4, "pool": sizes.tile_px // 16}}
     return RunConfig.model_validate(
         {
             "cohort": {"table": table, "classes": ["a", "b"]},
-            "slides": {"tile_px": 256, "tile_mpp": 0.5},
+            "slides": {"tile_px": sizes.tile_px, "tile_mpp": MPP},
             "data": {"source": "slides"},
-            "science": {"encoder": {"name": "small_dense_cnn", "options": {"width": 4, "pool": 16}}},
-            "execution": {"ranks": ranks, "device": "cpu", "chunk": CHUNK},
+            "science": {"encoder": encoder},
+            "execution": {"ranks": ranks, "device": "cpu", "chunk": sizes.chunk},
             "bookkeeping": {"out": folder / f"run-{side}", "progress": False, "mlflow": False},
         }
     )
 
 
 def step(rank: int, num_ranks: int, config: RunConfig, path: Path) -> tuple[int, float, int, float]:
-    """On a rank: tiles, seconds, peak bytes above the start, loss."""
+    """On a rank: tiles of the slide, seconds, peak bytes above the start, loss.
+
+    Raises:
+        RuntimeError: no update was made, or not with blocks of this size.
+    """
     skip_kernel_build()
     topology, device = Topology(num_ranks, rank, rank, num_ranks, num_ranks), torch.device("cpu")
+    meter = MemoryMeter(device, config)
     shards = ShardSet(config.bookkeeping.shard_root)
-    source = SlideSource(shards, {"slide": path}, config)
-    model = build_model(config.science, 2).train()
+    source = SlideSource(shards, {SLIDE_ID: path}, config)
+    model = build_model(config.science, len(config.cohort.classes)).train()
     geometry = dense_geometry(model.encoder, config.slides)
-    engine = DeepSpeedEngine(model, make_optimizer(model, config), deepspeed_config(config), device)
-    loader = StepLoader(source, ["slide"], config.slides.tile_px, topology, 0, decode_workers=1, geometry=geometry)
-    num_tiles = shards.manifest("slide").num_tiles
+    optimizer = make_optimizer(model, config)
+    engine = DeepSpeedEngine(model, optimizer, deepspeed_config(config), device)
+    tile_px, chunk = config.slides.tile_px, config.execution.chunk
+    loader = StepLoader(source, [SLIDE_ID], tile_px, topology, prefetch=0, geometry=geometry)
+    num_tiles = shards.manifest(SLIDE_ID).num_tiles
     plan = plan_steps([0], [num_tiles], 1, 1, num_ranks)[0]
-    meter, start = MemoryMeter(device, config), time.perf_counter()
-    made = ExactStep(
-        engine, make_ranks(topology), cross_entropy, chunk=CHUNK, num_keep=0, keys=DrawKeys(0, ["slide"])
-    ).train(
-        plan,
-        loader.load(plan),
-        torch.tensor([1]),
-        torch.ones(1, dtype=torch.float64),
-        step=0,
-        learning_rates=[1e-3] * 2,
-    )
-    return num_tiles, time.perf_counter() - start, meter.above_start(), made.loss
+    ranks, keys = make_ranks(topology), DrawKeys(0, [SLIDE_ID])
+    exact = ExactStep(engine, ranks, cross_entropy, chunk=chunk, num_keep=0, keys=keys)
+    label, weight = torch.tensor([1]), torch.ones(1, dtype=torch.float64)
+    rates = [1e-3] * len(optimizer.param_groups)
+    start = perf_counter()
+    made = exact.train(plan, loader.load(plan), label, weight, step=0, learning_rates=rates)
+    seconds = perf_counter() - start
+    if made.skipped or exact.chunk != chunk:
+        raise RuntimeError(f"the step did not go through at chunk {chunk}: {made}")
+    return num_tiles, seconds, meter.above_start(), made.loss
+
+
+def growth(rows: Sequence[Row], ranks: int) -> float:
+    """Bytes that a rank's peak grows by for each tile of its own, from a quarter of the side on."""
+    last = rows[-1]
+    first = next((row for row in rows if row.side == last.side // 4), rows[0])
+    return (last.peak_mb - first.peak_mb) * 1e6 * ranks / max(1, last.tiles - first.tiles)
 
 
 def main(words: Sequence[str] | None = None) -> int:
     """Measure, print, return 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--side", type=int, default=65536, help="pixels, a power of two from 4096 on (%(default)s)")
+    parser.add_argument("--side", type=int, help="pixels: 4096 or twice, four times, ... that (65536)")
     parser.add_argument("--ranks", type=int, default=2, help="(%(default)s)")
-    parser.add_argument("--folder", type=Path, help="keeps the slides; default: a temporary folder")
+    parser.add_argument("--folder", type=Path, default=Path("runs/large_slide"), help="keeps the slides (%(default)s)")
+    parser.add_argument("--tiny", action="store_true", help="for tests: figures mean nothing")
     arguments = parser.parse_args(words)
-    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the ranks
+    sizes, ranks = TINY if arguments.tiny else Sizes(), arguments.ranks
+    folder = arguments.folder / "tiny" if arguments.tiny else arguments.folder
+    sides = sides_up_to(arguments.side or (2 * TINY.base if arguments.tiny else 65536), sizes.base)
+    folder.mkdir(parents=True, exist_ok=True)
     print("  side px    tiles  seconds  peak MB  loss")
-    found: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = arguments.folder or Path(temporary)
-        folder.mkdir(parents=True, exist_ok=True)
-        sides = [side for side in (4096, 8192, 16384, 32768, 65536) if side < arguments.side] + [arguments.side]
-        for side in sides:
-            config = configuration(folder, side, arguments.ranks)
-            tile_cohort(config, progress=False)
-            rows = run_on_ranks(step, arguments.ranks, arguments.ranks, config, paint(folder, side), timeout_s=3600)
-            tiles, seconds, peak, loss = max(rows, key=lambda row: row[2])
-            found.append({"side": side, "tiles": tiles, "seconds": seconds, "peak_mb": peak / 1e6, "loss": loss})
-            print(f"{side:9} {tiles:8} {seconds:8.1f} {peak / 1e6:8.0f}  {loss:.4f}", flush=True)
-    last = found[-1]
+    rows = []
+    for side in sides:
+        config = configuration(folder, side, ranks, sizes)
+        tile_cohort(config, progress=False)
+        found = run_on_ranks(step, ranks, ranks, config, paint(folder, side, sizes), timeout_s=TIMEOUT_S)
+        tiles, seconds, peaks, loss = zip(*found, strict=True)
+        rows.append(Row(side, tiles[0], round(max(seconds), 1), round(max(peaks) / 1e6, 1), round(loss[0], 4)))
+        print(f"{side:9} {tiles[0]:8} {max(seconds):8.1f} {max(peaks) / 1e6:8.0f}  {loss[0]:.4f}", flush=True)
+    last = asdict(rows[-1]) | {"bytes_per_tile": round(growth(rows, ranks), 1), "ranks": ranks}
     print(json.dumps(last | origin(__file__, words, torch=torch.__version__)))
     return 0
 
