@@ -24,7 +24,7 @@ float64, streamed and whole.
 
     python benchmarks/streaming.py [--quick] [--net resnet34] [--tiles FOLDER] [--out FILE]
 
-12 minutes on two idle cores, and 18 GB of memory; --quick 3 and 6; ResNet-34 three times as long. The slide is painted, or made of
+14 minutes on two idle cores, and 18 GB of memory; --quick 3 and 6; ResNet-34 three times as long. The slide is painted, or made of
 the tiles that `lung_mosaic.py` takes. User CPU time of a process (page faults are the kernel's) in which glibc keeps freed
 memory (MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=-1), arms in turn, medians of rounds. Exchange comes after the others, for there is
 no room for it beside their memory. Memory is resident memory above the start, in fresh processes where glibc gives back
@@ -128,7 +128,7 @@ class Sizes:
     checked: tuple[int, int] = (1024, 4)
 
 
-QUICK = Sizes(side=2048, chunk=16, peaks=(512, 1024, 2048), large=4096)
+QUICK = Sizes(side=2048, chunk=16, rounds=2, peaks=(512, 1024, 2048), large=3072, checked=(512, 1))
 TINY = Sizes(net="thin", side=128, chunk=16, rounds=1, peaks=(128, 256), large=512, checked=(64, 4))
 
 
