@@ -5,16 +5,17 @@ and two ranks on the CPU make one step as training makes it, DeepSpeed included:
 width 4) sees every pixel of tissue, in blocks of 2048 px that are read from the file with their surroundings, and every
 parameter gets its exact gradient. The same on slides of half the side, a quarter, ... shows how memory grows.
 
-Expected: memory is that of a block from 8192 px on (smaller slides have no block with surroundings on all sides), and then
-grows by what a tile leaves behind: its embedding, the gradient of that, what the head saves of it, and its place in the index. A few
-hundred bytes a tile of 65,536 pixels are below the noise of a peak, which is some megabytes; bytes_per_tile may be negative.
+Expected: from 8192 px on, where blocks have surroundings on all sides, memory is that of a block and of OpenSlide's cache, and
+grows by what a tile leaves behind: its embedding, the gradient of that, what the head saves of it, and its place in the
+index. That is a few hundred bytes for a tile of 65,536 pixels, below what peaks of equal runs differ by, some megabytes; so
+bytes_per_tile says little below --side 65536, and may be negative.
 
     python benchmarks/large_slide.py [--side 65536] [--ranks 2] [--folder runs/large_slide]
 
 About a quarter of an hour on two idle cores, and half a gigabyte of disk; `--side 16384` takes two minutes. Peaks are resident
-memory of a rank above its start, when libraries are loaded and ranks have met. The last line is JSON of the largest slide:
-side, tiles, seconds (of the step, reading included), peak_mb (of the rank with most), loss, bytes_per_tile (growth of a rank's
-peak from a quarter of the side on, over its tiles).
+memory of a rank above its start, when libraries are loaded and ranks have met; glibc gives buffers back as in memory.py. The
+last line is JSON of the largest slide: side, tiles, seconds (of the step, reading included), peak_mb (of the rank with most),
+loss, bytes_per_tile (growth of a rank's peak from a quarter of the side on, over its tiles).
 """
 
 import argparse
@@ -27,6 +28,7 @@ from time import perf_counter
 
 import numpy as np
 import torch
+from memory import MMAP_BYTES
 from origin import origin
 
 from gigamil.config.schema import RunConfig
@@ -179,7 +181,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, default=Path("runs/large_slide"), help="keeps the slides (%(default)s)")
     parser.add_argument("--tiny", action="store_true", help="for tests: figures mean nothing")
     arguments = parser.parse_args(words)
-    os.environ["OMP_NUM_THREADS"] = "1"  # of the ranks
+    os.environ |= {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(MMAP_BYTES)}  # of the ranks
     sizes, ranks = TINY if arguments.tiny else Sizes(), arguments.ranks
     folder = arguments.folder / "tiny" if arguments.tiny else arguments.folder
     sides = sides_up_to(arguments.side or (2 * TINY.base if arguments.tiny else 65536), sizes.base)
