@@ -47,6 +47,10 @@ def test_a_wrong_gradient_is_refused_before_anything_is_measured(
         streaming.measure(streaming.TINY, tmp_path / "texture.npy")
 
 
+def test_an_arm_that_ends_within_a_tick_takes_one() -> None:
+    assert streaming.user_since(streaming.user_time()) == streaming.TICK_S
+
+
 def test_a_slide_repeats_its_image() -> None:
     base_HW3 = noise(20)
     slide_HW3 = np.tile(base_HW3, (4, 4, 1))
