@@ -24,10 +24,10 @@ float64, streamed and whole.
 
     python benchmarks/streaming.py [--quick] [--net resnet34] [--tiles FOLDER] [--out FILE]
 
-14 minutes on two idle cores, and 18 GB of memory; --quick 3 and 6; ResNet-34 three times as long. The slide is painted, or made of
-the tiles that `lung_mosaic.py` takes. User CPU time of a process (page faults are the kernel's) in which glibc keeps freed
-memory (MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=-1), arms in turn, medians of rounds. Exchange comes after the others, for there is
-no room for it beside their memory. Memory is resident memory above the start, in fresh processes where glibc gives back
+14 minutes on two idle cores, and 21 GB of memory, which are looked for first; --quick 3 and 8; ResNet-34 three times as long,
+and 27 GB. The slide is painted, or made of the tiles that `lung_mosaic.py` takes. User CPU time of a process (page faults
+are the kernel's) in which glibc keeps freed memory (MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=-1), arms in turn, medians of
+rounds. Exchange comes after the others, for there is no room for it beside their memory. Memory is resident memory above the start, in fresh processes where glibc gives back
 what is freed. The last line is JSON:
 
     read_over_whole_planned             blocks over whole, over 4/3 of the planned pixels: 1 is what is planned
@@ -39,6 +39,7 @@ what is freed. The last line is JSON:
 """
 
 import argparse
+import ctypes
 import itertools
 import json
 import math
@@ -49,7 +50,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -68,6 +69,7 @@ from torch import Tensor, nn
 from gigamil.data.augment import to_float
 from gigamil.data.blocks import BlockImages, SlideGrid
 from gigamil.data.pipeline import DrawKeys, StepTiles
+from gigamil.memory.budget import free_memory
 from gigamil.memory.geometry import Geometry, geometry_of
 from gigamil.memory.stream import block_around
 from gigamil.models.aggregator import build_aggregator
@@ -96,6 +98,9 @@ PROBED_LOSS_PX = {
     "resnet34": 938,
 }  # a side, of a gradient: measured by lightstream a8e464c's own probe
 MEAN, STD = (0.7, 0.6, 0.7), (0.2, 0.2, 0.2)
+# What both ranks of exchange take, which is more than any other arm; measured for sides of 1024 to 4096.
+BYTES_PER_PX = {"resnet18": 1080, "resnet34": 1430, "thin": 100}
+LIBRARIES_BYTES = 3e9  # three processes, before they compute anything
 TISSUE, CENTRE = 0.3, (0.3, 0.3)  # share of the cells, middle of the region (rows, columns)
 BASE_PX = 2048  # of the image that slides repeat
 RANKS = 2
@@ -326,28 +331,41 @@ def warm_up(problem: Problem) -> None:
     blocks(small, 1)
 
 
-def exchange(
-    rank: int, num_ranks: int, net: str, file: Path, side: int, dtype: torch.dtype, rounds: int = 1
-) -> tuple[list[float], Gradients]:
-    """On a rank: user seconds of steps of the network over its rows of the slide, and its part of the gradient."""
+def exchange(rank: int, num_ranks: int, net: str, file: Path, side: int, dtype: torch.dtype) -> tuple[float, Gradients]:
+    """On a rank: user seconds of a step of the network over its rows of the slide, and its part of the gradient."""
     torch.set_num_threads(1)
     problem = make_problem(net, np.load(file), side, dtype=dtype)
     warm_up(problem)
     network, cell_px = problem.encoder.network, problem.encoder.cell_px
     sharded = ShardedNetwork(network, dist.group.WORLD, rank)
     cuts = tuple(problem.grid.num_y * r // num_ranks * cell_px for r in range(num_ranks + 1))
-    seconds: list[float] = []
-    found: Gradients = {}
-    for _ in range(rounds):
-        start = user_time()
-        image_1CHW = to_planes(problem.rows(cuts[rank], cuts[rank + 1]), dtype)
-        sharded(image_1CHW, cuts)[0].square().sum().backward()
-        seconds.append(user_since(start))
-        found = taken(network)
-    return seconds, found
+    start = user_time()
+    image_1CHW = to_planes(problem.rows(cuts[rank], cuts[rank + 1]), dtype)
+    sharded(image_1CHW, cuts)[0].square().sum().backward()
+    return user_since(start), taken(network)
 
 
 # ---- before anything is timed ----
+
+
+def refuse_little_memory(sizes: Sizes) -> None:
+    """The kernel would end a process in the middle.
+
+    Raises:
+        SystemExit: says how much is free and how much it takes.
+    """
+    needed, free = LIBRARIES_BYTES + BYTES_PER_PX[sizes.net] * sizes.side**2, free_memory()
+    if free < needed:
+        raise SystemExit(
+            f"{sizes.net} on {sizes.side} px takes {needed / 1e9:.0f} GB of memory, and {free / 1e9:.0f} GB are free. Close "
+            "what else runs, or take --quick."
+        )
+
+
+def give_back_memory() -> None:
+    """To the kernel, what this process has freed: after the check a gigabyte, which exchange needs."""
+    with suppress(AttributeError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def check(net: str, file: Path, side: int, chunk: int) -> dict[str, float]:
@@ -467,17 +485,18 @@ def arms(rank: int, num_ranks: int, sizes: Sizes, file: Path) -> tuple[dict[str,
 
 def compare(sizes: Sizes, file: Path) -> tuple[dict[str, list[float]], float]:
     """User seconds of all arms in each round, and the worst error of what was timed; in processes that keep freed memory."""
-    words = (sizes.net, file, sizes.side, torch.float32, sizes.rounds)
+    words = (sizes.net, file, sizes.side, torch.float32)
     before = dict(os.environ)
     os.environ.update(KEEP_FREED_MEMORY)  # for glibc of the processes that are started here
     try:
         ((seconds, error),) = run_on_ranks(arms, 1, 1, sizes, file, timeout_s=TIMEOUT_S)
-        ranks = run_on_ranks(exchange, RANKS, RANKS, *words, timeout_s=TIMEOUT_S)
+        # Kept memory falls to pieces: in a second round these processes would need a tenth more, and there are two.
+        exchanged = [run_on_ranks(exchange, RANKS, RANKS, *words, timeout_s=TIMEOUT_S) for _ in range(sizes.rounds)]
     finally:
         for name in KEEP_FREED_MEMORY:
             os.environ.pop(name)
         os.environ.update(before)
-    seconds["exchange"] = [sum(spent) for spent in zip(*(own for own, _ in ranks), strict=True)]
+    seconds["exchange"] = [sum(spent for spent, _ in ranks) for ranks in exchanged]
     return seconds, error
 
 
@@ -537,7 +556,9 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def measure(sizes: Sizes, file: Path) -> tuple[dict[str, object], dict[str, object]]:
     """All of it: the last line, and what is kept beside it."""
+    refuse_little_memory(sizes)
     errors = check(sizes.net, file, *sizes.checked)
+    give_back_memory()
     words = ", ".join(f"{name} {errors[name]:.1e}" for name in ("blocks", "tissue", "exchange"))
     print(f"{sizes.net}: gradients against the whole image, float64, {sizes.checked[0]} px: {words}")
     narrow, narrow_whole = errors["bfloat16 blocks"], errors["bfloat16 whole"]

@@ -47,6 +47,12 @@ def test_a_wrong_gradient_is_refused_before_anything_is_measured(
         streaming.measure(streaming.TINY, tmp_path / "texture.npy")
 
 
+def test_too_little_memory_is_refused_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streaming, "free_memory", lambda: 4 * 10**9)
+    with pytest.raises(SystemExit, match=r"resnet18 on 4096 px takes 21 GB of memory, and 4 GB are free\. .*--quick"):
+        streaming.measure(streaming.Sizes(), Path("not read"))
+
+
 def test_an_arm_that_ends_within_a_tick_takes_one() -> None:
     assert streaming.user_since(streaming.user_time()) == streaming.TICK_S
 
