@@ -6,9 +6,14 @@
 
 
 class GigamilError(Exception):
-    """Base class: catching it catches every error that gigamil raises on purpose."""
+    """Base class: catching it catches every error that gigamil raises on purpose.
+
+    Attributes:
+        is_agreed: all ranks raise it, so that one of them tells it.
+    """
 
     exit_code = 1
+    is_agreed = False
 
 
 class ConfigError(GigamilError, ValueError):
@@ -57,9 +62,11 @@ class TrainingError(GigamilError, RuntimeError):
     """Training cannot go on (non-finite losses in a row, a rank that raised)."""
 
     exit_code = 6
+    is_agreed = True
 
 
 class Interrupted(GigamilError, RuntimeError):
     """Asked to stop by a signal; a checkpoint was committed and the same command continues."""
 
     exit_code = 5
+    is_agreed = True

@@ -82,6 +82,11 @@ def told_rank(env: Mapping[str, str] = os.environ) -> str:
     return next((env[name] for name, *_ in _LAUNCHERS if name in env), "0")
 
 
+def has_launcher(env: Mapping[str, str] = os.environ) -> bool:
+    """A launcher started this process and told it its rank."""
+    return any(rank_name in env and world_name in env for rank_name, world_name, *_ in _LAUNCHERS)
+
+
 def export_topology(topology: Topology, env: MutableMapping[str, str] = os.environ) -> None:
     """Set the variables that torch.distributed and DeepSpeed read, for launchers that do not (srun, no launcher).
 
@@ -97,6 +102,31 @@ def export_topology(topology: Topology, env: MutableMapping[str, str] = os.envir
                     "or export MASTER_ADDR (the first host) and MASTER_PORT (a free port) on every rank."
                 )
             env[name] = default
+
+
+@dataclass(frozen=True)
+class MeetingPoint:
+    """Where the store is through which ranks meet.
+
+    Attributes:
+        address, port: of the store.
+        is_kept_by_launcher: torchrun's agent keeps the store; else rank 0 does.
+        name: of this start of this job, so that two that meet at one store do not take each other's words.
+    """
+
+    address: str
+    port: int
+    is_kept_by_launcher: bool
+    name: str
+
+
+def meeting_point(env: Mapping[str, str] = os.environ) -> MeetingPoint:
+    """Read where ranks meet; after `export_topology`."""
+    is_kept = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    # Only ranks of one agent's store count its restarts alike (pytorch#135712).
+    attempt = env.get("TORCHELASTIC_RESTART_COUNT", "0") if is_kept else "0"
+    job = env.get("SLURM_JOB_ID") or env.get("TORCHELASTIC_RUN_ID") or "run"
+    return MeetingPoint(env["MASTER_ADDR"], _integer(env, "MASTER_PORT"), is_kept, f"gigamil/{job}/{attempt}")
 
 
 def _integer(env: Mapping[str, str], name: str, default: str | None = None) -> int:

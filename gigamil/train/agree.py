@@ -26,6 +26,8 @@ _works = itertools.count()  # of this process; equal on all ranks, as all come t
 class FirstRankLost(TrainingError):
     """Rank 0 is gone: each of the others finds out, and speaks, for itself."""
 
+    is_agreed = False
+
 
 @dataclass(frozen=True)
 class Decision:
@@ -113,9 +115,10 @@ def _raise_same(ranks: "Ranks", error: Exception | None) -> NoReturn:
     dist.all_gather_object(told, own, group=ranks.world)
     first = next(rank for rank, what in enumerate(told) if what is not None)
     if isinstance(error, GigamilError) and all(what == told[first] for what in told):
+        error.is_agreed = True
         raise error  # every rank met the same, for example in the configuration
     name, message, exit_code = told[first]  # type: ignore[misc]
-    refusal = TrainingError(f"rank {first}: {name}: {message}")
+    refusal = TrainingError(f"{ranks.name(first)}: {name}: {message}")
     refusal.exit_code = exit_code
     raise refusal from error
 

@@ -44,11 +44,14 @@ class TrainingState:
     optimizer_steps: tuple[int, ...]
 
 
-def start_distributed(topology: Topology, device: torch.device, timeout_s: float) -> Ranks:
+def start_distributed(
+    topology: Topology, device: torch.device, timeout_s: float, store: dist.Store | None = None
+) -> Ranks:
     """Join the other ranks through DeepSpeed and make the groups that pool together.
 
     Args:
         timeout_s: longest wait in a collective; then the rank gives up with an error.
+        store: that all ranks share (`gigamil.parallel.meeting.meet`); None meets at MASTER_ADDR and MASTER_PORT.
     Raises:
         EnvironmentFault: the ranks did not meet.
     """
@@ -59,9 +62,17 @@ def start_distributed(topology: Topology, device: torch.device, timeout_s: float
     if device.type == "cpu":
         skip_kernel_build()
     backend = "nccl" if device.type == "cuda" else "gloo"
-    if topology.world_size == 1:
-        _single_process_store(backend, timeout_s)
+    if topology.world_size == 1 and store is None:
+        store = dist.HashStore()  # one process needs no address: an in-memory store cannot meet a port in use
     try:
+        if store is not None and not dist.is_initialized():
+            dist.init_process_group(
+                backend,
+                store=store,
+                rank=topology.rank,
+                world_size=topology.world_size,
+                timeout=timedelta(seconds=timeout_s),
+            )
         deepspeed.init_distributed(
             dist_backend=backend, auto_mpi_discovery=False, timeout=timedelta(seconds=timeout_s), verbose=False
         )
@@ -405,10 +416,3 @@ def import_deepspeed() -> Any:
     except (ImportError, RuntimeError, OSError) as error:
         raise EnvironmentFault(f"deepspeed cannot be imported: {error}. Run `gigamil doctor` for the cure.") from error
     return deepspeed
-
-
-def _single_process_store(backend: str, timeout_s: float) -> None:
-    # One process needs no address: an in-memory store cannot meet a port in use.
-    if not dist.is_initialized():
-        store = dist.HashStore()
-        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timedelta(seconds=timeout_s))

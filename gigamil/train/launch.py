@@ -86,7 +86,7 @@ def launch_ranks(
         command += ["--module", module, *arguments]
         launcher = subprocess.Popen(command, env=_environment(execution, folder), start_new_session=True)
         with _pass_signals_on(launcher, Path(folder)) as was_asked:
-            code = launcher.wait()
+            code = _await(launcher, Path(folder), execution.ranks)
         _end_group(launcher.pid)
         _raise_first_error(Path(folder), execution.ranks, code, was_asked(), logs, continues)
 
@@ -124,9 +124,25 @@ def report_outcome(rank: int) -> Iterator[None]:
         outcome = Outcome(TrainingError.exit_code, f"{type(error).__name__}: {error}", False, time.time())
         raise
     finally:
-        temporary = Path(folder) / f"{rank}.tmp"
-        temporary.write_text(json.dumps(asdict(outcome)))
-        temporary.rename(Path(folder) / f"{rank}.json")
+        _write_outcome(rank, outcome)
+
+
+def report_loss(rank: int, message: str) -> None:
+    """In a rank that is about to end because another one was lost: tell the process that called `launch_ranks`."""
+    if has_parent():
+        _write_outcome(rank, Outcome(TrainingError.exit_code, message, True, time.time()))
+
+
+def is_consequence(error: Exception) -> bool:
+    """What a rank meets when another one has gone, for example in a collective."""
+    return any(words in str(error) for words in _CONSEQUENCES)
+
+
+def _write_outcome(rank: int, outcome: Outcome) -> None:
+    folder = Path(os.environ[_OUTCOME_FOLDER])
+    temporary = folder / f"{rank}.tmp"
+    temporary.write_text(json.dumps(asdict(outcome)))
+    temporary.rename(folder / f"{rank}.json")
 
 
 def _environment(execution: Execution, folder: str) -> dict[str, str]:
@@ -179,7 +195,8 @@ def _raise_first_error(
     known = {rank: outcome for rank, outcome in failed.items() if outcome.expected}
     causes = {rank: outcome for rank, outcome in failed.items() if not any(w in outcome.message for w in _CONSEQUENCES)}
     if known or causes or (failed and not silent):
-        rank, outcome = min((known or causes or failed).items(), key=lambda item: item[1].time)
+        # The first is the cause: what the others say, that a rank was lost, comes later.
+        rank, outcome = min((known | causes or failed).items(), key=lambda item: item[1].time)
         where = "above" if logs is None else f"in '{logs / f'rank{rank}.log'}'"
         hint = "" if outcome.expected else f" (rank {rank}; traceback {where})"
         raise RanksFailed(outcome.message + hint, outcome.exit_code)
@@ -191,6 +208,20 @@ def _raise_first_error(
             f"of memory? See {'above' if logs is None else repr(str(logs))}. The same command continues {continues}.",
             TrainingError.exit_code,
         )
+
+
+def _await(launcher: "subprocess.Popen[bytes]", folder: Path, num_ranks: int) -> int:
+    """Its exit code; it is ended where it stays although all ranks have told how they ended."""
+    told_at = None
+    while True:
+        try:
+            return launcher.wait(0.5)
+        except subprocess.TimeoutExpired:
+            if told_at is None and len(list(folder.glob("*.json"))) == num_ranks:
+                told_at = time.monotonic()
+            if told_at is not None and time.monotonic() - told_at > _LAST_PATIENCE_S:
+                _end_group(launcher.pid)
+                return launcher.wait()
 
 
 def _outcomes(folder: Path) -> dict[int, Outcome]:

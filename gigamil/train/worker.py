@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,15 +17,19 @@ from gigamil.config.load import load_config
 from gigamil.config.schema import RunConfig
 from gigamil.errors import EnvironmentFault, GigamilError, Interrupted, TrainingError
 from gigamil.lock import folder_lock
-from gigamil.parallel.topology import Topology, detect_topology, told_rank
+from gigamil.parallel.meeting import Meeting, meet
+from gigamil.parallel.topology import Topology, detect_topology, export_topology, told_rank
 from gigamil.registry import import_plugins
 from gigamil.train.agree import FirstRankLost, StopSignals
 from gigamil.train.engine import start_distributed
-from gigamil.train.launch import has_parent, report_outcome, restore_devices
+from gigamil.train.handshake import common_facts, refuse_own_folders, refuse_unlike_ranks, told_to_all
+from gigamil.train.launch import has_parent, is_consequence, report_loss, report_outcome, restore_devices
 from gigamil.train.loop import Trainer
+from gigamil.train.records import RunRecord
 
 _log = logging.getLogger("gigamil")
 _TERMINAL = os.dup(2)  # ranks other than 0 write to files later
+_PATIENCE_S = 20.0  # with the others, for a rank that has nothing but an error to tell
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,7 +44,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         topology = detect_topology()
         # Signals are noted from the start on: one that comes while libraries load stops the run at its first step.
         with report_outcome(topology.rank), StopSignals() as stop:
-            run_rank(load_config(arguments.config, overrides), arguments.plugin, stop)
+            try:
+                config = load_config(arguments.config, overrides)
+            except GigamilError as error:
+                _tell_others(topology, error)
+                raise
+            run_rank(config, arguments.plugin, stop)
     except Interrupted as error:
         _tell(error)
         # All ranks agreed to stop; the DeepSpeed launcher would report a code other than 0 as a crash.
@@ -55,25 +65,75 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_rank(config: RunConfig, plugins: Sequence[str] = (), stop: StopSignals | None = None) -> None:
-    """Join the other ranks, train, leave.
+    """Meet the other ranks, find that all are alike, train, leave.
 
     Args:
         config: resolved configuration.
         plugins: modules that register encoders, aggregators or losses.
         stop: signals noted so far.
+    Raises:
+        EnvironmentFault: ranks did not come, or differ; ConfigError: their configurations do.
     """
-    topology = detect_topology(config.execution.group_size)
+    topology = detect_topology()
+    export_topology(topology)
+    out, timeout_s = config.bookkeeping.out, config.execution.timeout_s
+    meeting = meet(topology, timeout_s)
     with ExitStack() as stack:
-        if topology.rank == 0:
-            _patient_lock(stack, config.bookkeeping.out)
-        stack.enter_context(_own_log(config.bookkeeping.out / "logs", topology))
-        device = choose_device(config.execution.device, topology)
-        torch.set_num_threads(config.execution.threads or int(os.environ.get("OMP_NUM_THREADS", "1")))
-        import_plugins(plugins)
-        ranks = start_distributed(topology, device, config.execution.timeout_s)
-        Trainer(config, ranks, device, stop).fit()
+        stack.enter_context(_watched(meeting, topology, out))
+        with told_to_all(meeting):
+            topology = detect_topology(config.execution.group_size)
+            if topology.rank == 0:
+                _patient_lock(stack, out)
+            stack.enter_context(_own_log(out / "logs", topology))
+            device = choose_device(config.execution.device, topology)
+            torch.set_num_threads(config.execution.threads or int(os.environ.get("OMP_NUM_THREADS", "1")))
+            import_plugins(plugins)
+        refuse_unlike_ranks(meeting, common_facts(config, device, topology))
+        refuse_own_folders(meeting, out)
+        ranks = replace(start_distributed(topology, device, timeout_s, meeting.store), hosts=meeting.hosts)
+        Trainer(config, ranks, device, stop, meeting).fit()
         dist.barrier()  # nobody leaves while another still needs it
         dist.destroy_process_group()
+
+
+def _tell_others(topology: Topology, error: GigamilError) -> None:
+    """This rank cannot even read its configuration: the others may have read theirs, and wait."""
+    if topology.world_size == 1:
+        return
+    export_topology(topology)
+    try:
+        meeting = meet(topology, _PATIENCE_S)
+    except EnvironmentFault:  # nobody came: what is to be told is the first error
+        return
+    with told_to_all(meeting):
+        raise error
+
+
+@contextmanager
+def _watched(meeting: Meeting, topology: Topology, out: Path) -> Iterator[None]:
+    """Ranks watch each other inside; if one is lost, this one ends, whatever it waits in."""
+
+    def end(what: str, is_first_lost: bool) -> None:
+        message = f"{what}. All ranks end; the same command continues from the last checkpoint."
+        _log.error("%s", message)  # rank 0 has the terminal
+        if is_first_lost and topology.local_rank == 0 and not has_parent():
+            os.write(_TERMINAL, f"gigamil: rank {topology.rank}: {message}\n".encode())
+        try:
+            if topology.rank == 0:
+                RunRecord(out / "run.json").update(status="failed", error=message)
+            report_loss(topology.rank, message)
+        finally:
+            os._exit(TrainingError.exit_code)  # the main thread may be in a collective that never ends
+
+    meeting.watch(end)
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, FirstRankLost) or is_consequence(error):
+            meeting.await_verdict()
+        meeting.leave(str(error) if isinstance(error, GigamilError) else f"{type(error).__name__}: {error}")
+        raise
+    meeting.leave()
 
 
 def choose_device(wanted: str, topology: Topology) -> torch.device:
@@ -103,8 +163,7 @@ def _tell(error: GigamilError) -> None:
     What a rank met before it agreed with the others, only it can tell; and that the first rank was lost, the others.
     """
     rank = told_rank()
-    agreed = isinstance(error, Interrupted | TrainingError) and not isinstance(error, FirstRankLost)
-    if not has_parent() and (rank == "0" or not agreed):
+    if not has_parent() and (rank == "0" or not error.is_agreed):
         os.write(_TERMINAL, f"gigamil: rank {rank}: {error}\n".encode())
 
 

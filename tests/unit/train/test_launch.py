@@ -1,12 +1,15 @@
 """What the command that started the ranks says when they fail; tests/cli and tests/engine start them."""
 
 import json
+import subprocess
+import time
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from gigamil.errors import TrainingError
+from gigamil.train import launch
 from gigamil.train.launch import Outcome, RanksFailed, _raise_first_error
 
 
@@ -33,3 +36,15 @@ def test_a_stop_that_was_asked_for_is_no_failure(tmp_path: Path) -> None:
     with pytest.raises(RanksFailed, match=r"^interrupted; the same command continues from here$") as found:
         _raise_first_error(tmp_path, 2, 1, True, None, "from here")
     assert found.value.exit_code == 5
+
+
+def test_a_launcher_that_stays_after_its_ranks_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_LAST_PATIENCE_S", 0.2)
+    launcher = subprocess.Popen(["sleep", "60"], start_new_session=True)
+    for rank in range(2):
+        (tmp_path / f"{rank}.json").write_text(json.dumps(asdict(Outcome(0, "", True, 1.0))))
+    start = time.monotonic()
+    assert launch._await(launcher, tmp_path, 2) == -9
+    assert time.monotonic() - start < 20
+    quick = subprocess.Popen(["sh", "-c", "exit 3"], start_new_session=True)
+    assert launch._await(quick, tmp_path, 5) == 3
