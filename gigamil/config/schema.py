@@ -201,6 +201,9 @@ class Execution(Section):
 
     ranks: Count = Field(1, description="processes that `gigamil train` starts on this machine")
     group_size: Count | None = Field(None, description="ranks that pool one set of slides; default: all")
+    balance: Literal["even", "speed"] = Field(
+        "even", description="tiles of a group's ranks: equally many, or in proportion to their measured speed"
+    )
     chunk: Count | None = Field(
         64, description="tiles per encoder call; null: of a dense encoder what computes least within memory_budget"
     )
@@ -261,6 +264,20 @@ class Execution(Section):
         return self
 
     @model_validator(mode="after")
+    def _balance_has_something_to_move(self) -> "Execution":
+        if self.balance == "speed" and self.halo == "exchange":
+            raise ValueError(
+                "execution.balance=speed needs ranks that compute alone, and with execution.halo=exchange they wait for "
+                "each other in every layer: set execution.balance to even, or execution.halo to read"
+            )
+        if self.balance == "speed" and self.group_size == 1:
+            raise ValueError(
+                "execution.balance=speed moves tiles between the ranks of a group, and with execution.group_size=1 there is "
+                "one: set execution.balance to even, or execution.group_size to more"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _group_divides(self) -> "Execution":
         if self.group_size is not None and self.ranks > 1 and self.ranks % self.group_size:
             fits = [d for d in range(1, self.ranks + 1) if self.ranks % d == 0]
@@ -282,9 +299,13 @@ class Bookkeeping(Section):
     experiment: str = Field("gigamil", description="MLflow experiment")
     name: str = Field("run", description="MLflow run name")
     mlflow: bool = Field(True, description="log to MLflow (MLFLOW_TRACKING_URI wins over the run's own sqlite file)")
+    system_metrics_s: Positive | None = Field(
+        30.0, description="seconds between samples of each machine's CPU, memory, disk, network, GPUs; null: none"
+    )
     checkpoint_minutes: Positive = Field(10.0, description="a checkpoint at least so often, and each epoch")
     keep_checkpoints: Annotated[int, Field(ge=2)] = Field(2, description="generations kept beside the best")
     log_every: Count = Field(1, description="steps between lines of metrics.jsonl")
+    ranks_every: Count = Field(20, description="steps between comparisons of the ranks' times")
     limit: Count | None = Field(None, description="use only the first n slides of each split and class (smoke run)")
     heatmaps: Annotated[int, Field(ge=0)] = Field(4, description="slides drawn by `heatmap` when none is named")
     progress: bool = True

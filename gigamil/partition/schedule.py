@@ -1,11 +1,12 @@
 """Which slides make which step, and which group pools them: pure functions of (seed, epoch, sizes)."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from gigamil.partition.spans import Span, chunk_ranges, owned_range, owned_spans
+from gigamil.partition.spans import Span, chunk_ranges, owned_range, owned_spans, shared_bounds
 
 
 @dataclass(frozen=True)
@@ -17,16 +18,18 @@ class StepPlan:
         sizes: number of tiles of each of them.
         groups: for each group, positions in `slides` that it pools, ascending; may be empty.
         group_size: ranks of a group.
+        shares: in proportion to which the ranks of a group own its tiles, for every rank of the world; None: equal.
     """
 
     slides: tuple[int, ...]
     sizes: tuple[int, ...]
     groups: tuple[tuple[int, ...], ...]
     group_size: int
+    shares: tuple[int, ...] | None = None
 
     def spans(self, group: int, group_rank: int) -> tuple[Span, ...]:
         """Spans that a rank owns; `Span.slide` counts in `groups[group]`."""
-        return owned_spans(self.group_sizes(group), group_rank, self.group_size)
+        return owned_spans(self.group_sizes(group), group_rank, self.group_size, self._group_shares(group))
 
     def group_sizes(self, group: int) -> tuple[int, ...]:
         """Tiles of each slide of a group."""
@@ -34,15 +37,25 @@ class StepPlan:
 
     def counts(self, group: int) -> tuple[int, ...]:
         """Tiles that each rank of a group owns."""
-        total = sum(self.group_sizes(group))
+        total, shares = sum(self.group_sizes(group)), self._group_shares(group)
+        if shares is not None:
+            return tuple(stop - start for start, stop in itertools.pairwise(shared_bounds(total, shares)))
         bounds = [owned_range(total, rank, self.group_size) for rank in range(self.group_size)]
         return tuple(stop - start for start, stop in bounds)
 
     def max_calls(self, chunk: int) -> int:
         """Largest number of encoder calls that any rank of the world makes for its own tiles (at least 1)."""
-        tiles = [sum(self.group_sizes(group)) for group in range(len(self.groups))]
-        most = -(-max(tiles) // self.group_size)  # the largest run that `owned_range` hands out
+        if self.shares is None:
+            tiles = [sum(self.group_sizes(group)) for group in range(len(self.groups))]
+            most = -(-max(tiles) // self.group_size)  # the largest run that `owned_range` hands out
+        else:
+            most = max(max(self.counts(group)) for group in range(len(self.groups)))
         return max(1, len(chunk_ranges(most, chunk)))
+
+    def _group_shares(self, group: int) -> tuple[int, ...] | None:
+        if self.shares is None:
+            return None
+        return self.shares[group * self.group_size : (group + 1) * self.group_size]
 
 
 def epoch_order(num_slides: int, seed: int, epoch: int) -> np.ndarray:

@@ -2,8 +2,12 @@
 
 The tiles of a group's slides are laid end to end, and rank r of R owns the run [T r // R, T (r + 1) // R) of the T
 tiles. So ranks differ by one tile at most, whatever the slide sizes; a rank may own none, or parts of several slides.
+
+Ranks that are not equally fast may be given shares w_r: rank r then owns [T W_r // W_R, T W_(r+1) // W_R), with W_r the sum
+of the shares before it. Equal shares give the runs above, to the tile.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -34,14 +38,34 @@ def owned_range(num_items: int, rank: int, num_ranks: int) -> tuple[int, int]:
     return num_items * rank // num_ranks, num_items * (rank + 1) // num_ranks
 
 
-def owned_spans(slide_sizes: Sequence[int], rank: int, num_ranks: int) -> tuple[Span, ...]:
+def shared_bounds(num_items: int, shares: Sequence[int]) -> tuple[int, ...]:
+    """R + 1 cuts of `num_items` in proportion to the shares of R ranks: rank r owns [cuts[r], cuts[r + 1]).
+
+    A rank's run differs from its exact share by less than one item; a share of 0 owns nothing.
+
+    Raises:
+        ValueError: a share is negative, or all are 0.
+    """
+    if not shares or min(shares) < 0 or not sum(shares):
+        raise ValueError(f"shares {list(shares)} of the ranks must not be negative, and not all 0")
+    total = sum(shares)
+    return tuple(num_items * before // total for before in itertools.accumulate(shares, initial=0))
+
+
+def owned_spans(
+    slide_sizes: Sequence[int], rank: int, num_ranks: int, shares: Sequence[int] | None = None
+) -> tuple[Span, ...]:
     """The spans of pooled tiles that a rank of a group owns, in order; empty if it owns none.
 
     Args:
         slide_sizes: tiles of each slide of the group.
         rank, num_ranks: position inside the group and the group's size.
+        shares: of each rank of the group; None: equal ones.
     """
-    begin, end = owned_range(sum(slide_sizes), rank, num_ranks)
+    if shares is None:
+        begin, end = owned_range(sum(slide_sizes), rank, num_ranks)
+    else:
+        begin, end = shared_bounds(sum(slide_sizes), shares)[rank : rank + 2]
     spans, offset = [], 0
     for slide, size in enumerate(slide_sizes):
         start, stop = max(begin - offset, 0), min(end - offset, size)

@@ -2,8 +2,8 @@
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,12 +25,14 @@ from gigamil.metrics import auc
 from gigamil.models.blocks import parameters_by_rate
 from gigamil.models.networks import has_blank_statistics
 from gigamil.models.slide_model import SlideModel, build_model
+from gigamil.parallel.meeting import Meeting
 from gigamil.partition.schedule import StepPlan, epoch_order, plan_steps
 from gigamil.train.agree import StopSignals, agree, all_or_none, first_rank_says
 from gigamil.train.checkpoint import CheckpointStore
 from gigamil.train.cohort import SlideSet, check_grids, load_training_data, open_source, unused_keys
 from gigamil.train.dense import dense_geometry, largest_grids
 from gigamil.train.engine import DeepSpeedEngine, TrainingState, deepspeed_config, make_optimizer
+from gigamil.train.handshake import refuse_unlike_data
 from gigamil.train.identity import refuse_other_run, run_identity
 from gigamil.train.loss import class_weights, losses
 from gigamil.train.memory import MemoryMeter, import_encoder, peak_memory_bytes
@@ -40,6 +42,8 @@ from gigamil.train.recorder import Recorder
 from gigamil.train.records import git_commit, versions
 from gigamil.train.schedule import learning_rates
 from gigamil.train.step import FEATURE_ROWS, ExactStep, Ranks, StepResult, fit_chunk
+from gigamil.train.stragglers import AgreedShares, RankMeter, StragglerWatch, shares_by_speed
+from gigamil.train.system import sample_system
 
 _log = logging.getLogger("gigamil")
 _MAX_SKIPPED_IN_A_ROW = 3
@@ -86,11 +90,19 @@ class Trainer:
         ranks: process groups (`gigamil.train.engine.start_distributed`).
         device: of this rank.
         stop: signals that were caught since the process started; None catches them during `fit`.
+        meeting: of the ranks, to compare their data; None takes them for the same.
     Raises:
         ConfigError, CohortError, ShardError, CheckpointError: before anything is trained, on all ranks.
     """
 
-    def __init__(self, config: RunConfig, ranks: Ranks, device: torch.device, stop: StopSignals | None = None) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        ranks: Ranks,
+        device: torch.device,
+        stop: StopSignals | None = None,
+        meeting: Meeting | None = None,
+    ) -> None:
         self.config = config
         self.out = config.bookkeeping.out
         self.progress = Progress()
@@ -107,6 +119,8 @@ class Trainer:
         generation = first_rank_says(ranks, self._store.find())  # a shared folder may look older to some ranks
         with all_or_none(ranks, device):
             model, state = self._load(generation)
+        if meeting is not None:
+            refuse_unlike_data(meeting, self._identity["data_sha256"])
         settings = deepspeed_config(config)
         self.engine = DeepSpeedEngine(
             model, make_optimizer(model, config), settings, device, timeout_s=config.execution.timeout_s
@@ -119,7 +133,9 @@ class Trainer:
         self.progress = replace(self.progress, chunk=chunk, num_keep=num_keep, memory_settings=self._memory_settings())
         share = partial(memory_budget, config.execution.tile_cache, local_ranks=ranks.topology.local_size, default=0.25)
         self._device_bytes, self._main_bytes = share(device=device), share(device=torch.device("cpu"))
-        self._step = self._make_step(self._train, chunk, num_keep)
+        self._meter, self._watch = RankMeter(ranks, device), StragglerWatch()
+        self._span_shares = AgreedShares(config.execution.prefetch)
+        self._step = self._make_step(self._train, chunk, num_keep, self._meter.clock.running)
         self._evaluator = self._make_step(self._val, chunk, 0)
         self._last_save = time.monotonic()
         self._last_wait = 0.0
@@ -140,6 +156,9 @@ class Trainer:
                 stack.enter_context(self._signals)
             if self._recorder is not None:
                 stack.enter_context(self._recorder.ended(final, self._store.folder))
+            every_s = self.config.bookkeeping.system_metrics_s
+            if every_s is not None and self._ranks.topology.local_rank == 0:
+                stack.enter_context(sample_system(self.out / "logs", every_s, self._device))
             with self._noted(final):
                 while self.progress.epoch < self.config.science.epochs and not self._is_early_stop():
                     self._train_epoch()
@@ -219,7 +238,13 @@ class Trainer:
         ranks = topology.world_size, self._device, topology.local_size
         return best_chunk(self.config, model, self._train.sizes, *ranks, grids)
 
-    def _make_step(self, slides: SlideSet, chunk: int, num_keep: int) -> ExactStep:
+    def _make_step(
+        self,
+        slides: SlideSet,
+        chunk: int,
+        num_keep: int,
+        alone: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> ExactStep:
         science, is_dense = self.config.science, self._geometry is not None
         augment = augment_block if is_dense else augment_tiles
         return ExactStep(
@@ -233,6 +258,7 @@ class Trainer:
             cache_bytes=self._device_bytes,
             pad=self.config.execution.compile and not self._is_on_features,
             turn=partial(draw_turn, settings=science.augment) if is_dense else None,
+            alone=alone,
         )
 
     def _train_epoch(self) -> None:
@@ -247,19 +273,37 @@ class Trainer:
         self._last_wait = 0.0
         with self._bar(f"epoch {epoch + 1}/{self.config.science.epochs}", len(plans)) as bar:
             bar.update(self.progress.step_in_epoch)
-            steps = loader.iterate(todo)
+            steps = loader.iterate(self._span_shares.given(todo, self.progress.step))
             start = time.perf_counter()
             for plan, tiles in steps:
+                read_s = loader.wait_s
                 self._agree(tiles if isinstance(tiles, Exception) else None)
                 result, rates = self._train_step(plan, tiles, train_encoder)  # type: ignore[arg-type]
                 seconds = time.perf_counter() - start
                 start = time.perf_counter()
-                self._report_step(plan, result, rates, seconds, loader)
+                wait_s, self._last_wait = loader.wait_s - self._last_wait, loader.wait_s
+                self._meter.note(tiles.num_tiles, seconds, wait_s, loader.wait_s - read_s)  # type: ignore[union-attr]
+                self._report_step(plan, result, rates, seconds, wait_s)
+                if self.progress.step % self.config.bookkeeping.ranks_every == 0:
+                    self._compare_ranks()
                 bar.update()
                 bar.set_postfix(loss=f"{result.loss:.4f}")
                 if result.skipped:
                     self._agree(result.error)
                     self._refuse_endless_skips(plan, result)
+
+    def _compare_ranks(self) -> None:
+        """All ranks learn how long each took for its tiles: for the records, and for the spans of steps to come."""
+        times = self._meter.gather()
+        if self.config.execution.balance == "speed":
+            # Ranks on unlike processors could round otherwise, and then own other tiles.
+            shares = first_rank_says(self._ranks, shares_by_speed(times, self._span_shares.newest))
+            self._span_shares.adopt(self.progress.step - 1, shares)
+        if self._recorder is not None:
+            newest = self._span_shares.newest
+            self._recorder.ranks(self.progress.step, self.progress.epoch + 1, times, self._ranks.hosts, newest)
+            for straggler in self._watch.look(times):
+                _log.warning("%s", straggler.words(self._ranks.name(straggler.rank)))
 
     def _train_step(self, plan: StepPlan, tiles: StepTiles, train_encoder: bool) -> tuple[StepResult, list[float]]:
         # Layers of others draw from torch's own generator: seeded by the step, it needs no place in a checkpoint.
@@ -313,7 +357,9 @@ class Trainer:
         logits = []
         loader = self._loader(self._val)
         self.engine.module.eval()
-        for plan, tiles in loader.iterate(self._plans(self._val, range(len(self._val)))):
+        shares = self._span_shares.at(self.progress.step)
+        plans = [replace(plan, shares=shares) for plan in self._plans(self._val, range(len(self._val)))]
+        for plan, tiles in loader.iterate(plans):
             self._agree(tiles if isinstance(tiles, Exception) else None)
             logits.append(self._evaluator.evaluate(plan, tiles)[0])  # type: ignore[arg-type]
         self.engine.module.train()
@@ -355,6 +401,7 @@ class Trainer:
         # Nobody runs ahead of a commit, and a large one on a slow disk takes longer than `execution.timeout_s`.
         with all_or_none(self._ranks, self._device, first_rank_alone=True):
             if self._recorder is not None:
+                self.progress = replace(self.progress, mlflow_run=self._recorder.mlflow_run)
                 progress = replace(self.progress, metrics_bytes=self._recorder.sync())
                 facts = asdict(progress) | self._identity | {"versions": versions()}
                 self._store.commit(state, facts, step=progress.step, best=best)
@@ -470,7 +517,6 @@ class Trainer:
         self._recorder = Recorder(
             self.config, settings, facts, metrics_bytes=before.metrics_bytes, mlflow_run=before.mlflow_run
         )
-        self.progress = replace(before, mlflow_run=self._recorder.mlflow_run)
 
     @contextmanager
     def _noted(self, final: dict[str, Any]) -> Iterator[None]:
@@ -483,9 +529,8 @@ class Trainer:
             final["peak_memory_above_start_bytes"] = self._memory_above
 
     def _report_step(
-        self, plan: StepPlan, result: StepResult, rates: list[float], seconds: float, loader: StepLoader
+        self, plan: StepPlan, result: StepResult, rates: list[float], seconds: float, wait_s: float
     ) -> None:
-        wait, self._last_wait = loader.wait_s - self._last_wait, loader.wait_s
         if self._recorder is None or self.progress.step % self.config.bookkeeping.log_every:
             return
         values = {
@@ -495,7 +540,7 @@ class Trainer:
             "grad_norm": result.grad_norm,
             "slides_per_s": len(plan.slides) / seconds,
             "tiles_per_s": sum(plan.sizes) / seconds,
-            "data_wait_frac": min(1.0, wait / seconds),
+            "data_wait_frac": min(1.0, wait_s / seconds),
             "peak_memory_gb": peak_memory_bytes(self._device) / 1e9,
         }
         self._recorder.step(self.progress.step, self.progress.epoch + 1, values)

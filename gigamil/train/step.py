@@ -7,7 +7,7 @@ K classes.
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Self, TypeVar
@@ -54,11 +54,17 @@ class Ranks:
         topology: the shape of the world.
         world: all ranks.
         group: the ranks that pool with this one.
+        hosts: name of each rank's machine, by rank; empty if nobody asked.
     """
 
     topology: Topology
     world: dist.ProcessGroup | None = None
     group: dist.ProcessGroup | None = None
+    hosts: tuple[str, ...] = ()
+
+    def name(self, rank: int) -> str:
+        """A rank in words, with its host where there are several."""
+        return f"rank {rank} on host '{self.hosts[rank]}'" if len(set(self.hosts)) > 1 else f"rank {rank}"
 
     def pool(self, counts: Sequence[int]) -> Pool:
         """How bags are pooled: over the group, or locally.
@@ -151,6 +157,7 @@ class ExactStep:
         pad: fill the last chunk up with blank tiles, for a compiled encoder, which wants one shape.
         turn: slide key -> how a slide is laid in training, for a dense encoder; `augment` is then given blocks, and the
             keys of their slides.
+        alone: entered around the work that a rank does without the others (but for `SlideRows`), to measure it.
     Cost: with kept fraction f of the chunks, (4 - f) encoder forwards per tile; the head runs once. The aggregator's
         reductions (docs/aggregators.md), one of S numbers, and the engine's gradient reduction. On a GPU the first wait
         for it is for the norm, after the last backward.
@@ -170,8 +177,10 @@ class ExactStep:
         cache_bytes: int = 0,
         pad: bool = False,
         turn: Callable[[int], Turn] | None = None,
+        alone: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self._turn = turn
+        self._alone = alone
         self.engine = engine
         self.chunk = chunk
         self.num_keep = num_keep
@@ -251,7 +260,8 @@ class ExactStep:
             with self.engine.one_reduction():
                 self.engine.backward(scalar)
                 if train_encoder:
-                    self._backward_encoder(calls, forward)
+                    with self._alone():
+                        self._backward_encoder(calls, forward)
         norm = self.engine.step(learning_rates)
         slide_loss_S = self._gather_losses(loss_B, mine, len(plan.slides))
         skipped = tuple(int(i) for i in torch.nonzero(~torch.isfinite(slide_loss_S)).flatten())
@@ -306,7 +316,8 @@ class ExactStep:
 
     def _forward(self, calls: "_Calls", label_B: Tensor | None, keep: bool) -> _Pass:
         plan, group = calls.plan, self._ranks.topology.group
-        chunks, embedding_nD = calls.encode_all(keep)
+        with self._alone():
+            chunks, embedding_nD = calls.encode_all(keep)
         embedding_nD.requires_grad_(torch.is_grad_enabled())
         if not plan.groups[group]:
             return self._forward_blank(chunks, embedding_nD, label_B)

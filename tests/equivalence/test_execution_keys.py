@@ -76,7 +76,8 @@ def _losses(
     for name, execution in variants.items():
         out = folder / f"{num_ranks} ranks, {name}"
         execution = {"ranks": num_ranks} | execution
-        configs.append(tiny_run(folder, execution=execution, bookkeeping={"out": out}, science={"epochs": 2} | science))
+        book = {"out": out, "ranks_every": 1}  # spans by speed follow it
+        configs.append(tiny_run(folder, execution=execution, bookkeeping=book, science={"epochs": 2} | science))
     found = run_on_ranks(_train, num_ranks, num_ranks, configs, timeout_s=240)
     assert all(len(losses) == 8 for losses in found[0])
     return dict(zip(variants, found[0], strict=True))
@@ -102,11 +103,13 @@ def test_losses_do_not_depend_on_how_a_run_is_executed(tmp_path: Path) -> None:
             "keep": {"memory": "keep"},
             "replay": {"memory": "replay"},
             "groups": {"group_size": 1},
+            "by speed": {"balance": "speed"},
             "zero 3": {"zero_stage": 3},
         },
     )
     assert two["keep"] == two["base"] == two["replay"]
-    three = _losses(tmp_path, 3, {"base": {}, "groups": {"group_size": 1}, "zero 0": {"zero_stage": 0}})
+    others = {"groups": {"group_size": 1}, "by speed": {"balance": "speed"}, "zero 0": {"zero_stage": 0}}
+    three = _losses(tmp_path, 3, {"base": {}} | others)
     worlds |= {(2, name): losses for name, losses in two.items()} | {
         (3, name): losses for name, losses in three.items()
     }

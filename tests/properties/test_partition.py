@@ -1,10 +1,12 @@
 """For any slides, ranks, groups and chunks: each tile has one owner, loads differ by one, plans ignore the world."""
 
+import itertools
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gigamil.partition.schedule import epoch_order, plan_steps
-from gigamil.partition.spans import chunk_ranges, owned_range, owned_spans
+from gigamil.partition.spans import chunk_ranges, owned_range, owned_spans, shared_bounds
 
 SIZES = st.lists(st.integers(0, 60), max_size=8)
 RANKS = st.integers(1, 70)
@@ -20,6 +22,26 @@ def test_each_tile_has_one_owner_and_loads_differ_by_one(sizes: list[int], num_r
     loads = [sum(span.num_tiles for span in spans) for spans in owners]
     assert max(loads) - min(loads) <= 1
     assert all(span.num_tiles > 0 for spans in owners for span in spans)
+
+
+@QUICK
+@given(SIZES, st.lists(st.integers(0, 300), min_size=1, max_size=70).filter(any))
+def test_each_tile_has_one_owner_whatever_the_shares(sizes: list[int], shares: list[int]) -> None:
+    owners = [owned_spans(sizes, rank, len(shares), shares) for rank in range(len(shares))]
+    tiles = [(span.slide, tile) for spans in owners for span in spans for tile in range(span.start, span.stop)]
+    assert tiles == [(slide, tile) for slide, size in enumerate(sizes) for tile in range(size)]
+    for share, spans in zip(shares, owners, strict=True):
+        owned = sum(span.num_tiles for span in spans)
+        assert abs(owned * sum(shares) - sum(sizes) * share) < sum(shares)  # less than a tile from the exact share
+        assert owned == 0 or share > 0
+
+
+@QUICK
+@given(st.integers(0, 10**12), st.integers(1, 2000), st.integers(1, 10**6))
+def test_equal_shares_are_even_runs(num_items: int, num_ranks: int, share: int) -> None:
+    bounds = shared_bounds(num_items, [share] * num_ranks)
+    even = [owned_range(num_items, rank, num_ranks) for rank in range(num_ranks)]
+    assert list(itertools.pairwise(bounds)) == even
 
 
 @QUICK

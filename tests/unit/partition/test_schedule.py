@@ -1,5 +1,7 @@
 """Which slides make which step is a function of (seed, epoch, sizes); the world only shares them out."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -59,3 +61,21 @@ def test_a_group_without_slides_owns_nothing() -> None:
 def test_max_calls_counts_the_busiest_rank(chunk: int, calls: int) -> None:
     plan = StepPlan((0, 1, 2), (9, 1, 5), ((0,), (1, 2)), group_size=2)  # 9 tiles over two ranks: 4 and 5
     assert plan.max_calls(chunk) == calls
+
+
+@pytest.mark.parametrize(("chunk", "calls"), [(1, 8), (3, 3), (8, 1)])
+def test_shares_are_those_of_the_ranks_of_a_group(chunk: int, calls: int) -> None:
+    plan = StepPlan((0, 1, 2), (9, 1, 5), ((0,), (1, 2)), group_size=2, shares=(8, 1, 0, 2))
+    assert [plan.counts(group) for group in (0, 1)] == [(8, 1), (0, 6)]
+    assert [[span.num_tiles for span in plan.spans(1, rank)] for rank in (0, 1)] == [[], [1, 5]]
+    assert plan.max_calls(chunk) == calls
+
+
+def test_equal_shares_change_no_plan() -> None:
+    order, sizes = epoch_order(9, 0, 0), [5, 1, 8, 2, 2, 9, 4, 4, 7]
+    for plan in plan_steps(order, sizes, 4, num_groups=2, group_size=3):
+        same = replace(plan, shares=(50,) * 6)
+        for group in range(2):
+            assert same.counts(group) == plan.counts(group)
+            assert [same.spans(group, rank) for rank in range(3)] == [plan.spans(group, rank) for rank in range(3)]
+        assert same.max_calls(2) == plan.max_calls(2)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from gigamil.partition.spans import Span, chunk_ranges, owned_range, owned_spans
+from gigamil.partition.spans import Span, chunk_ranges, owned_range, owned_spans, shared_bounds
 
 
 def test_a_small_case_by_hand() -> None:
@@ -47,3 +47,27 @@ def test_chunks_cover_the_tiles_in_order() -> None:
     assert chunk_ranges(7, 3) == ((0, 3), (3, 6), (6, 7))
     assert chunk_ranges(6, 3) == ((0, 3), (3, 6))
     assert chunk_ranges(0, 3) == ()
+
+
+def test_shares_by_hand() -> None:
+    # 20 tiles in the proportion 1 : 0 : 3.
+    assert shared_bounds(20, [1, 0, 3]) == (0, 5, 5, 20)
+    sizes = [13, 1, 6]
+    assert owned_spans(sizes, 0, 3, [1, 0, 3]) == (Span(0, 0, 5),)
+    assert owned_spans(sizes, 1, 3, [1, 0, 3]) == ()
+    assert owned_spans(sizes, 2, 3, [1, 0, 3]) == (Span(0, 5, 13), Span(1, 0, 1), Span(2, 0, 6))
+
+
+@pytest.mark.parametrize("share", [1, 7, 1000])
+def test_equal_shares_are_no_shares(share: int) -> None:
+    sizes = [90_001, 3, 412_377]
+    for num_ranks in (1, 3, 8, 1021):
+        shares = [share] * num_ranks
+        for rank in range(num_ranks):
+            assert owned_spans(sizes, rank, num_ranks, shares) == owned_spans(sizes, rank, num_ranks)
+
+
+@pytest.mark.parametrize("shares", [[], [0, 0], [3, -1, 2]])
+def test_shares_that_give_no_partition_are_refused(shares: list[int]) -> None:
+    with pytest.raises(ValueError, match=r"must not be negative, and not all 0"):
+        shared_bounds(10, shares)
