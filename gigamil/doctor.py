@@ -115,9 +115,10 @@ class Check:
 
 @dataclass(frozen=True)
 class DoctorReport:
-    """What was found, in the order in which it should be mended."""
+    """What was found, in the order in which it should be mended; `praise` is the verdict if nothing is wrong."""
 
     checks: tuple[Check, ...]
+    praise: str = "gigamil can run here"
 
     @property
     def exit_code(self) -> int:
@@ -141,8 +142,8 @@ class DoctorReport:
         if failed:
             return f"{failed} of {len(self.checks)} checks failed: follow the arrows from the top, then run it again."
         if warned:
-            return f"gigamil can run here; {warned} of {len(self.checks)} checks deserve a look."
-        return "gigamil can run here."
+            return f"{self.praise}; {warned} of {len(self.checks)} checks deserve a look."
+        return f"{self.praise}."
 
 
 @dataclass(frozen=True)

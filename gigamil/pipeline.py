@@ -1,6 +1,7 @@
 """The verbs as Python calls: each does one stage of a run, and `run_pipeline` does all of them, skipping what is done."""
 
 import csv
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -27,7 +28,7 @@ from gigamil.data.split import (
     tile_leaks,
 )
 from gigamil.data.tile import TileReport, tile_cohort
-from gigamil.errors import CohortError, ConfigError, ShardError, SlideError
+from gigamil.errors import CohortError, ConfigError, EnvironmentFault, ShardError, SlideError
 from gigamil.evaluate.attention import Box, attention_path, write_attention
 from gigamil.evaluate.features import cache_features, kind_of_features
 from gigamil.evaluate.heatmap import heatmap_run
@@ -54,12 +55,12 @@ from gigamil.train.cohort import (
     tiled_slides,
 )
 from gigamil.train.identity import refuse_other_run, run_identity
-from gigamil.train.recorder import MLFLOW_STATUS
 from gigamil.train.records import RunRecord
-from gigamil.train.tracking import Tracker
+from gigamil.train.sync import sync_run
 from gigamil.train.worker import choose_device
 
 _MAX_LISTED = 20
+_log = logging.getLogger(__name__)
 
 
 def split_cohort(config: RunConfig, *, again: bool = False) -> Splits:
@@ -118,7 +119,7 @@ def evaluate_model(config: RunConfig) -> Evaluation:
     slide_ids = [*data.splits.val, *data.splits.test] or list(data.splits.train)
     _predict_into(out, config, data.shards, slide_ids, data)
     evaluation = evaluate_run(out, num_bootstrap=config.science.bootstrap, seed=config.science.seed)
-    _track_evaluation(config, evaluation)
+    _send_results(config)
     return evaluation
 
 
@@ -168,7 +169,7 @@ def draw_heatmaps(
             **_sights(config, shards),
         )
         write_report(out)
-        _track_files(config, [out / "heatmaps", out / "report.html"])
+        _send_results(config)
     return drawn
 
 
@@ -400,29 +401,15 @@ def _distinct(names: Sequence[str]) -> list[str]:
     return [f"{name}-{count + 1}" if count else name for name, count in zip(names, before, strict=True)]
 
 
-def _track_evaluation(config: RunConfig, evaluation: Evaluation) -> None:
+def _send_results(config: RunConfig) -> None:
+    """Send what is new in the run folder to MLflow. That it cannot is a warning: `gigamil sync` sends it later."""
     out = config.bookkeeping.out
-    metrics: dict[str, float] = {}
-    for name, values in evaluation["splits"].items():
-        estimates = {"auc": values["auc"], "balanced_accuracy": values["balanced_accuracy"], "f1": values["f1"]}
-        metrics |= {f"{name}/{key}": est["value"] for key, est in estimates.items() if est["value"] is not None}
-    files = [out / name for name in (FILE_NAME, "evaluation.json", "report.html", "figures")]
-    _track_files(config, files, metrics)
-
-
-def _track_files(config: RunConfig, files: Sequence[Path], metrics: Mapping[str, float] | None = None) -> None:
-    """Add files and numbers to the run's MLflow run, if it has one."""
-    out = config.bookkeeping.out
-    facts = RunRecord(out / "run.json").facts
-    if not config.bookkeeping.mlflow or not facts.get("mlflow_run"):
+    if not config.bookkeeping.mlflow or not (out / "run.json").is_file():
         return
-    tracker = Tracker(out, config.bookkeeping.experiment, config.bookkeeping.name, facts["mlflow_run"])
-    if metrics:
-        tracker.log(metrics, step=facts.get("steps", 0))
-    for path in files:
-        if path.exists():
-            tracker.artefact(path, path.name if path.is_dir() else None)
-    tracker.finish(MLFLOW_STATUS[facts.get("status", "finished")])
+    try:
+        sync_run(out, tries=1, timeout_s=10.0)
+    except EnvironmentFault as error:
+        _log.warning("%s", error)
 
 
 def _say(show: bool, verb: str, words: str) -> None:

@@ -1,7 +1,11 @@
-"""What rank 0 writes while a run goes on: metrics.jsonl, run.json, MLflow, the terminal. Other ranks have none."""
+"""What rank 0 writes while a run goes on: metrics.jsonl, run.json, the terminal. Other ranks have none.
+
+MLflow gets the lines of metrics.jsonl from a thread of its own (tracking.py).
+"""
 
 import json
 import logging
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,12 +17,15 @@ from gigamil.config.load import to_yaml
 from gigamil.config.schema import RunConfig
 from gigamil.errors import Interrupted
 from gigamil.files import replace_file
+from gigamil.train.follow import METRICS, RECORD, cut_sent
 from gigamil.train.records import MetricsLog, RunRecord
+from gigamil.train.stragglers import RankTimes
 from gigamil.train.tracking import Tracker
 
 _log = logging.getLogger(__name__)
-_PERFORMANCE = {"slides_per_s", "tiles_per_s", "data_wait_frac", "peak_memory_gb"}
-MLFLOW_STATUS = {"finished": "FINISHED", "interrupted": "KILLED", "failed": "FAILED", "running": "RUNNING"}
+MLFLOW_STATUS = {"finished": "FINISHED", "interrupted": "KILLED", "failed": "FAILED"}
+# At the end MLflow is waited for no longer than the other ranks wait for rank 0, and hardly where the machine goes away.
+_LAST_WAIT_S, _LAST_WAIT_INTERRUPTED_S = 60.0, 10.0
 
 
 class Recorder:
@@ -32,10 +39,10 @@ class Recorder:
         settings: DeepSpeed JSON.
         facts: of run.json.
         metrics_bytes: what metrics.jsonl is cut back to.
-        mlflow_run: MLflow run to continue; None starts one.
+        mlflow_run: MLflow run to continue. None starts one, unless `metrics_bytes` tells of a checkpoint: then the run of
+            mlflow.json, which may have been made after it, goes on.
     Attributes:
         error: first failure to write.
-        mlflow_run: id of the MLflow run, that of an earlier session where this one does not reach it; None without one.
     """
 
     def __init__(
@@ -51,26 +58,32 @@ class Recorder:
         self._out = book.out
         self._config = config
         self.error: OSError | None = None
-        self.mlflow_run = mlflow_run
+        self._last_mlflow_run = mlflow_run
         self._tracker: Tracker | None = None
         replace_file(self._out / "config.resolved.yaml", to_yaml(config))
         replace_file(self._out / "ds_config.resolved.json", json.dumps(settings, indent=1))
-        self._metrics = MetricsLog(self._out / "metrics.jsonl", metrics_bytes)
+        if metrics_bytes or mlflow_run:
+            cut_sent(self._out, metrics_bytes)
+        else:  # from the start, and in MLflow another run
+            (self._out / RECORD).unlink(missing_ok=True)
+        self._metrics = MetricsLog(self._out / METRICS, metrics_bytes)
         self._record = RunRecord(self._out / "run.json")
         if book.mlflow:
             self._tracker = Tracker(self._out, book.experiment, book.name, mlflow_run)
-            self.mlflow_run = self._tracker.run_id or mlflow_run
-            # What may change when a run continues on other machines is a tag; a parameter is for ever.
-            science = config.science.model_dump(mode="json")
-            self._tracker.describe(_flat({"science": science, "slides": config.slides.model_dump()}), _flat(facts))
+            self._tracker.describe(*describe_run(config.model_dump(mode="json"), facts))
             for name in ("config.resolved.yaml", "ds_config.resolved.json", "splits.json"):
                 self._tracker.artefact(self._out / name)
         self._record.update(status="running", error=None, mlflow_run=self.mlflow_run, **facts)
 
+    @property
+    def mlflow_run(self) -> str | None:
+        """Id of the MLflow run, that of an earlier session while this one has not reached it; None without one."""
+        reached = None if self._tracker is None else self._tracker.run_id
+        return reached or self._last_mlflow_run
+
     def step(self, step: int, epoch: int, values: Mapping[str, float]) -> None:
         """One optimiser step."""
         self._write("step", step=step, epoch=epoch, **values)
-        self._send({("perf/" if k in _PERFORMANCE else "train/") + k: v for k, v in values.items()}, step)
 
     def skipped(self, step: int, slide_ids: Sequence[str]) -> None:
         """A step that no rank took, because a loss or the gradient was not finite."""
@@ -80,11 +93,32 @@ class Recorder:
     def epoch(self, step: int, epoch: int, better: bool, values: Mapping[str, float | None]) -> None:
         """Validation after an epoch."""
         self._write("epoch", epoch=epoch, step=step, better=better, **values)
-        known = {f"val/{name[4:]}": value for name, value in values.items() if value is not None}
-        self._send(known, step)
         if self._config.bookkeeping.progress:
+            known = {f"val/{name[4:]}": value for name, value in values.items() if value is not None}
             words = ", ".join(f"{name} {value:.4f}" for name, value in known.items()) or "no validation slides"
             tqdm.write(f"epoch {epoch}: {words}{' (best so far)' if better else ''}")
+
+    def ranks(
+        self, step: int, epoch: int, times: RankTimes, hosts: Sequence[str], shares: Sequence[int] | None
+    ) -> None:
+        """How long each rank took in the steps since the last such line.
+
+        Args:
+            hosts: machine of each rank.
+            shares: of the ranks in steps to come; None: equal.
+        """
+        means = {
+            "slowest_rank_s": times.slowest_s,
+            "imbalance": times.imbalance,
+            "rank_wait_s": statistics.fmean(times.wait_s),
+        }
+        by_rank = {
+            name: [round(value, 6) for value in getattr(times, name)]
+            for name in ("tiles", "step_s", "data_s", "own_s", "rest_s", "wait_s")
+        }
+        self._write(
+            "ranks", step=step, epoch=epoch, steps=times.steps, **means, hosts=list(hosts), shares=shares, **by_rank
+        )
 
     def sync(self) -> int:
         """Force metrics.jsonl to disk; its size in bytes."""
@@ -111,7 +145,7 @@ class Recorder:
         finally:
             try:
                 self._metrics.close()
-                self._record.update(status=status, error=error or None, **final)
+                self._record.update(status=status, error=error or None, mlflow_run=self.mlflow_run, **final)
             except OSError as failure:  # must not take the place of what ended the run
                 _log.error("run.json could not be written: %s", failure)
             self._end_tracking(status, best)
@@ -119,10 +153,11 @@ class Recorder:
     def _end_tracking(self, status: str, best: Path) -> None:
         if self._tracker is None:
             return
-        self._tracker.artefact(self._out / "metrics.jsonl")
+        self._tracker.artefact(self._out / METRICS)
         if status == "finished" and (best / "best").is_file():
             self._tracker.artefact(best / (best / "best").read_text().strip(), "checkpoint")
-        self._tracker.finish(MLFLOW_STATUS[status])
+        longest_s = _LAST_WAIT_INTERRUPTED_S if status == "interrupted" else _LAST_WAIT_S
+        self._tracker.finish(MLFLOW_STATUS[status], min(longest_s, self._config.execution.timeout_s / 2))
 
     def _write(self, kind: str, **values: Any) -> None:
         try:
@@ -130,9 +165,17 @@ class Recorder:
         except OSError as error:
             self.error = self.error or error
 
-    def _send(self, values: Mapping[str, float], step: int) -> None:
-        if self._tracker is not None and values:
-            self._tracker.log(values, step)
+
+def describe_run(config: Mapping[str, Any], facts: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Parameters and tags of the MLflow run: what may change when a run continues elsewhere is a tag; a parameter stays.
+
+    Args:
+        config: the resolved configuration as plain data.
+        facts: of run.json; how the run stands is left out.
+    """
+    params = _flat({"science": config["science"], "slides": config["slides"]})
+    left_out = {"status", "error", "updated", "mlflow_run"}
+    return params, _flat({key: value for key, value in facts.items() if key not in left_out})
 
 
 def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -31,9 +31,8 @@ class MetricsLog:
         self._stream = path.open("a", encoding="utf-8")
 
     def write(self, kind: str, **values: Any) -> None:
-        """Add a line `{"kind": ..., ...}`; it is in the file when this returns. Numbers that are not finite are null."""
-        known = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        self._stream.write(json.dumps({"kind": kind, **known}) + "\n")
+        """Add a line (`json_line`); it is in the file when this returns."""
+        self._stream.write(json_line(kind, **values))
         self._stream.flush()
 
     def sync(self) -> int:
@@ -44,6 +43,15 @@ class MetricsLog:
     def close(self) -> None:
         """Close the file."""
         self._stream.close()
+
+
+def json_line(kind: str, **values: Any) -> str:
+    """A line `{"kind": ..., "time": ..., ...}`: milliseconds since 1970, by which MLflow knows a number that it has already.
+
+    Numbers that are not finite are null.
+    """
+    known = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+    return json.dumps({"kind": kind, "time": time.time_ns() // 1_000_000, **known}) + "\n"
 
 
 class RunRecord:

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -10,15 +11,20 @@ from gigamil.train.records import MetricsLog, RunRecord, git_commit, versions
 
 
 def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """Lines without their time."""
+    return [{k: v for k, v in json.loads(line).items() if k != "time"} for line in path.read_text().splitlines()]
 
 
 def test_lines_are_in_the_file_at_once(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     log = MetricsLog(path)
-    log.write("step", step=1, loss=0.5)
-    assert path.read_text() == '{"kind": "step", "step": 1, "loss": 0.5}\n'
+    before = time.time()
+    log.write("step", step=1, loss=0.5, grad_norm=float("inf"))
+    text = path.read_text()
     log.close()
+    assert text.endswith("\n")
+    assert lines(path) == [{"kind": "step", "step": 1, "loss": 0.5, "grad_norm": None}]
+    assert before - 0.001 <= json.loads(text)["time"] / 1000 <= time.time()
 
 
 def test_a_resumed_run_drops_what_came_after_its_checkpoint(tmp_path: Path) -> None:
