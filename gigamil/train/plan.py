@@ -263,16 +263,32 @@ class Blocks:
         return found
 
 
+class PoolCall(NamedTuple):
+    """A collective that an aggregator calls on a rank, in forward or backward.
+
+    Attributes:
+        name: as in torch.distributed.
+        operation: "sum" or "max" of those that reduce, else empty.
+        bytes: of the tensor that this rank gives, its own share included.
+        sent: bytes that go to other ranks.
+    """
+
+    name: str
+    operation: str
+    bytes: int
+    sent: int
+
+
 class _HeadBytes(NamedTuple):
     """What aggregator and head take of a rank, forward and backward.
 
     Attributes:
         memory: most at once besides embeddings, their gradient, parameters and theirs.
-        sent: to other ranks.
+        calls: collectives.
     """
 
     memory: int
-    sent: int
+    calls: tuple[PoolCall, ...]
 
 
 @dataclass(frozen=True)
@@ -344,7 +360,7 @@ def plan_run(
         ShardError: `data.source: features` and there is none yet.
     Cost: a few forwards and backwards of a handful of tiles; memory of the model and its gradients.
     """
-    from gigamil.train.prepare import refuse_unstreamable, set_batchnorm  # which refuses by a plan
+    from gigamil.train.prepare import refuse_unstreamable  # which refuses by a plan
 
     given, ranks = config, config.execution.ranks if ranks is None else ranks
     _refuse_group_size(config.execution.group_size, ranks)
@@ -358,12 +374,7 @@ def plan_run(
             )
         device_memory = free_device_memory(torch.device(device), ranks)
     if model is None:
-        # Memory does not depend on the weights: a file of them need not be there yet.
-        encoder = config.science.encoder.model_copy(update={"weights": None})
-        science = config.science.model_copy(update={"encoder": encoder})
-        model = build_model(science, len(config.cohort.classes or (0, 1)), _feature_dim(config)).train()
-        if isinstance(model.encoder, TileEncoder):
-            set_batchnorm(model.encoder, config.execution)
+        model = build_planned_model(config)
     geometry = dense_geometry(model.encoder, config.slides)
     if isinstance(model.encoder, TileEncoder):
         refuse_unstreamable(model.encoder, config.execution)
@@ -386,6 +397,68 @@ def plan_run(
         if read.fits:
             remedies += (f"execution.halo read: peak {format_bytes(read.peak)}, {read.cost:.2f} forwards per tile",)
     return replace(plan, remedies=remedies)
+
+
+def plan_worlds(
+    config: RunConfig,
+    worlds: Sequence[int],
+    sizes: Sequence[int],
+    model: SlideModel,
+    device: Literal["cpu", "cuda"],
+    device_memory: int,
+) -> tuple[Plan, ...]:
+    """Plans of one run on several numbers of ranks, without remedies: what is measured is measured once.
+
+    Args:
+        worlds: numbers of ranks.
+        sizes: tiles of the slides that are trained on.
+        model: from `build_planned_model`.
+        device, device_memory: of a rank, which need not be here.
+    Raises:
+        ConfigError: `execution.group_size` does not divide the ranks, or `execution.halo` is exchange, whose plan needs the
+            slides themselves.
+    Cost: as `plan_run`, for all of them together.
+    """
+    if config.execution.halo == "exchange":
+        raise ConfigError(
+            "execution.halo=exchange: what ranks send each other at each layer is not known. Set it to read."
+        )
+    config = _changed(config, device=device)
+    measured = _measure(config, model, dense_geometry(model.encoder, config.slides))
+    plans = []
+    for ranks in worlds:
+        _refuse_group_size(config.execution.group_size, ranks)
+        there = _changed(config, ranks=ranks)
+        if measured.blocks is not None:
+            there = _changed(there, chunk=_own_chunk(there, measured, measured.blocks, sizes, device, device_memory))
+        plan = _predict(there, measured, sizes, "", device, device_memory)
+        if measured.blocks is not None:
+            plan = replace(plan, blocks=_blocks(there, measured, measured.blocks, sizes, plan))
+        plans.append(plan)
+    return tuple(plans)
+
+
+def build_planned_model(config: RunConfig) -> SlideModel:
+    """The model of a run as the engine takes it, on the CPU, with a random start: a file of weights need not be there."""
+    from gigamil.train.prepare import set_batchnorm  # which refuses by a plan
+
+    encoder = config.science.encoder.model_copy(update={"weights": None})
+    science = config.science.model_copy(update={"encoder": encoder})
+    model = build_model(science, len(config.cohort.classes or (0, 1)), _feature_dim(config)).train()
+    if isinstance(model.encoder, TileEncoder):
+        set_batchnorm(model.encoder, config.execution)
+    return model
+
+
+def pool_calls(model: SlideModel, sizes: Sequence[int], num_ranks: int) -> tuple[PoolCall, ...]:
+    """Collectives that an aggregator calls in a step, forward and backward, on the rank of a group that sees most.
+
+    Args:
+        sizes: tiles of the group's slides.
+        num_ranks: of the group; none are called by one rank.
+    Cost: no memory and no arithmetic, unless the aggregator looks at values (then a forward and backward).
+    """
+    return _head_bytes(model, tuple(sizes), num_ranks).calls
 
 
 def best_chunk(
@@ -611,28 +684,27 @@ class _OneOfMany:
 
     Args:
         counts, rank: as of `Pool`.
-        sent: bytes that this rank sends to others are appended, in the order of the forward; those of the backward too.
+        calls: collectives are appended, in the order of the forward; those of the backward right behind.
     """
 
-    def __init__(self, counts: Sequence[int], rank: int, sent: list[int]) -> None:
+    def __init__(self, counts: Sequence[int], rank: int, calls: list[PoolCall]) -> None:
         self.counts = tuple(counts)
         self.rank = rank
-        self._sent = sent
+        self._calls = calls
 
     def sum(self, values: Tensor) -> Tensor:
         """An all-reduce, and one in backward."""
-        passes = 2 if values.requires_grad else 1
-        self._sent.append(passes * self._all_reduced(values))
+        self._calls += [self._all_reduced(values, "sum")] * (2 if values.requires_grad else 1)
         return values.clone()
 
     def max(self, values: Tensor) -> Tensor:
         """An all-reduce."""
-        self._sent.append(self._all_reduced(values))
+        self._calls.append(self._all_reduced(values, "max"))
         return values.detach().clone()
 
     def stack(self, values: Tensor) -> Tensor:
         """An all-gather: its values go to all others."""
-        self._sent.append(values.nbytes * (len(self.counts) - 1))
+        self._calls.append(PoolCall("all_gather", "", values.nbytes, values.nbytes * (len(self.counts) - 1)))
         return torch.stack([values.detach()] * len(self.counts))
 
     def fetch(self, values_nX: Tensor, wanted: Sequence[Ranges]) -> Tensor:
@@ -642,34 +714,37 @@ class _OneOfMany:
         asked = [sum(max(0, min(stop, last) - max(start, first)) for start, stop in ranges) for ranges in wanted]
         own = asked[self.rank]
         rows = sum(stop - start for start, stop in wanted[self.rank])
-        self._exchanged(values_nX, sum(asked) - own, rows - own, math.prod(values_nX.shape[1:]))
+        self._exchanged(values_nX, sum(asked), rows, own, math.prod(values_nX.shape[1:]))
         return _moved(values_nX, (rows, *values_nX.shape[1:]))
 
     def heads_apart(self, values_nHX: Tensor) -> Tensor:
         """An all-to-all of its rows of the others' heads; in backward of their rows of its heads."""
         (own, heads, width), ranks = values_nHX.shape, len(self.counts)
         share = heads // ranks * width
-        self._exchanged(values_nHX, own * (ranks - 1), sum(self.counts) - own, share)
+        self._exchanged(values_nHX, own * ranks, sum(self.counts), own, share)
         return _moved(values_nHX, (sum(self.counts), heads // ranks, width))
 
     def heads_together(self, values_NHX: Tensor) -> Tensor:
         """The inverse of `heads_apart`."""
         (total, heads, width), ranks = values_NHX.shape, len(self.counts)
         own = self.counts[self.rank]
-        self._exchanged(values_NHX, total - own, own * (ranks - 1), heads * width)
+        self._exchanged(values_NHX, total, own * ranks, own, heads * width)
         return _moved(values_NHX, (own, heads * ranks, width))
 
     def repartitioned(self, counts: Sequence[int]) -> "_OneOfMany":
         """The same ranks with other rows, and the same account."""
-        return _OneOfMany(counts, self.rank, self._sent)
+        return _OneOfMany(counts, self.rank, self._calls)
 
-    def _all_reduced(self, values: Tensor) -> int:
+    def _all_reduced(self, values: Tensor, operation: str) -> PoolCall:
         """As a reduce-scatter and an all-gather."""
-        return 2 * values.nbytes * (len(self.counts) - 1) // len(self.counts)
+        sent = 2 * values.nbytes * (len(self.counts) - 1) // len(self.counts)
+        return PoolCall("all_reduce", operation, values.nbytes, sent)
 
-    def _exchanged(self, values: Tensor, rows_forward: int, rows_backward: int, width: int) -> None:
-        rows = rows_forward + (rows_backward if values.requires_grad else 0)
-        self._sent.append(rows * width * values.element_size())
+    def _exchanged(self, values: Tensor, rows_forward: int, rows_backward: int, own: int, width: int) -> None:
+        """Rows that it gives away, those among them that stay, and numbers of a row."""
+        row_bytes = width * values.element_size()
+        for rows in (rows_forward, rows_backward)[: 2 if values.requires_grad else 1]:
+            self._calls.append(PoolCall("all_to_all_single", "", rows * row_bytes, (rows - own) * row_bytes))
 
 
 class _Moved(torch.autograd.Function):
@@ -738,7 +813,15 @@ def _head_bytes(model: SlideModel, sizes: tuple[int, ...], num_ranks: int) -> _H
             points.append((sum(fewer), _run_head(model, fewer, num_ranks, "cpu")))
     (few, small), (more, large) = points
     times = (sum(sizes) - more) / (more - few) if more > few else 0.0
-    return _HeadBytes(*(max(0, round(b + (b - a) * times)) for a, b in zip(small, large, strict=True)))
+
+    def beyond(a: int, b: int) -> int:
+        return max(0, round(b + (b - a) * times))
+
+    calls = tuple(
+        PoolCall(a.name, a.operation, beyond(a.bytes, b.bytes), beyond(a.sent, b.sent))
+        for a, b in zip(small.calls, large.calls, strict=True)
+    )
+    return _HeadBytes(beyond(small.memory, large.memory), calls)
 
 
 def _run_head(model: SlideModel, sizes: tuple[int, ...], num_ranks: int, device: Literal["meta", "cpu"]) -> _HeadBytes:
@@ -752,8 +835,8 @@ def _run_head(model: SlideModel, sizes: tuple[int, ...], num_ranks: int, device:
         return touched, -abs(2 * rank - num_ranks)
 
     rank = max(range(num_ranks), key=seen)
-    counts, sent = [stop - start for start, stop in bounds], list[int]()
-    pool: Pool = LocalPool(sum(sizes)) if num_ranks == 1 else _OneOfMany(counts, rank, sent)
+    counts, calls = [stop - start for start, stop in bounds], list[PoolCall]()
+    pool: Pool = LocalPool(sum(sizes)) if num_ranks == 1 else _OneOfMany(counts, rank, calls)
     modules = nn.ModuleList(module for module in (model.aggregator, model.head) if module is not None)
     modules = copy.deepcopy(modules).to(device)
     for parameter in modules.parameters():
@@ -773,7 +856,7 @@ def _run_head(model: SlideModel, sizes: tuple[int, ...], num_ranks: int, device:
         logits_BK = modules[-1](pooled.slide_BX) if len(modules) == 2 else pooled.slide_BX
         parts = (logits_BK, pooled.extra_logits_MK, pooled.loss_B)
         torch.stack([part.sum() for part in parts if part is not None]).sum().backward()
-    return _HeadBytes(max(0, live.peak - embedding_nD.nbytes), sum(sent))
+    return _HeadBytes(max(0, live.peak - embedding_nD.nbytes), tuple(calls))
 
 
 def _predict(
@@ -894,7 +977,7 @@ def _predict(
         rows=tuple(rows),
         peak=sum(row.bytes for row in rows),
         available=available if shared is None or shared.is_known else None,
-        traffic=_traffic(config, model, head.sent),
+        traffic=_traffic(config, model, sum(call.sent for call in head.calls)),
         cost=(4 if execution.activation_checkpointing == "none" else 5) - f if model.has_encoder else 0,
         remedies=(),
         shared=shared,
@@ -967,7 +1050,8 @@ def _traffic(config: RunConfig, model: _Model, head_sent: int) -> tuple[Row, ...
     others = (ranks - 1) / ranks
     once = int(model.trained * others)
     everything = int((model.trained + model.fixed) * others)
-    rows = [Row("gradients, reduced once", 2 * once if stage == 0 else once)]
+    # DeepSpeed 0.19 all-reduces at ZeRO 1 and 2 too, and each rank takes its part of the sum; ZeRO 3 scatters.
+    rows = [Row("gradients, reduced once", once if stage == 3 else 2 * once)]
     if stage in (1, 2):
         rows.append(Row("updated parameters", once))
     if stage == 3:

@@ -18,7 +18,7 @@ from gigamil.models.aggregator import build_aggregator
 from gigamil.models.bag import Bag, LocalPool, Pooled
 from gigamil.models.slide_model import SlideModel, build_model
 from gigamil.train.loss import cross_entropy, slide_losses
-from gigamil.train.plan import Plan, parse_bytes, plan_run, refuse_unfit
+from gigamil.train.plan import Plan, build_planned_model, parse_bytes, plan_run, plan_worlds, pool_calls, refuse_unfit
 from gigamil.units import format_bytes
 
 GB = 10**9
@@ -279,3 +279,27 @@ def test_a_plan_on_features_that_are_not_there_says_what_to_type(tmp_path: Path)
     cached = RunConfig.model_validate(config().model_dump() | {"data": {"source": "features", "features": tmp_path}})
     with pytest.raises(ShardError, match="no features in .*gigamil features"):
         plan_run(cached, tiles=1000, device_memory=8 * GB)
+
+
+@pytest.mark.parametrize("memory", ["auto", "replay"])
+def test_plans_of_several_worlds_are_those_of_each(memory: str) -> None:
+    settings = config(memory=memory, memory_budget=3e6)
+    model = build_planned_model(settings)
+    plans = plan_worlds(settings, [1, 2, 8], [300, 301], model, "cpu", 8 * GB)
+    for ranks, plan in zip([1, 2, 8], plans, strict=True):
+        alone = plan_run(settings, ranks=ranks, tiles=601, device_memory=8 * GB, model=model)
+        assert (plan.num_kept, plan.tiles_rank, plan.traffic) == (alone.num_kept, alone.tiles_rank, alone.traffic)
+        assert plan.rows == alone.rows
+
+
+def test_zero_1_and_2_send_gradients_twice_and_parameters_once() -> None:
+    for stage in (1, 2):
+        plan = plan_run(config(zero_stage=stage), ranks=4, tiles=100, device_memory=8 * GB)
+        assert sent(plan, "gradients") == pytest.approx(2 * sent(plan, "updated"), abs=2)
+
+
+def test_an_aggregator_of_one_rank_calls_nobody() -> None:
+    model = with_aggregator("attention")
+    assert not pool_calls(model, (10, 20), 1)
+    names = [(call.name, call.operation) for call in pool_calls(model, (10, 20), 3)]
+    assert sorted(names) == [("all_reduce", "max"), ("all_reduce", "sum"), ("all_reduce", "sum")]

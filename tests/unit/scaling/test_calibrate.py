@@ -1,0 +1,103 @@
+"""Calibration piece by piece, with encoders so small that figures mean nothing; whole in tests/cli/test_simulate.py."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gigamil.config.schema import RunConfig
+from gigamil.errors import ConfigError
+from gigamil.models.slide_model import SlideModel
+from gigamil.parallel.topology import Topology
+from gigamil.scaling import calibrate as module
+from gigamil.scaling.cost import collective_seconds
+from gigamil.scaling.machine import find_speed
+from gigamil.scaling.traffic import Collective
+from gigamil.testing.runs import TILE_PX, tiny_run
+from gigamil.train.plan import build_planned_model
+from gigamil.train.step import Ranks
+
+CPU = torch.device("cpu")
+
+
+def config(**sections: Any) -> RunConfig:
+    encoder = {"name": "small_cnn", "options": {"width": 4}}
+    data = {"slides": {"tile_px": TILE_PX}, "science": {"encoder": encoder}, "execution": {"device": "cpu"}}
+    return RunConfig.model_validate(data | sections)
+
+
+def model(settings: RunConfig) -> SlideModel:
+    return build_planned_model(settings)
+
+
+def test_a_call_is_timed_and_leaves_no_gradient() -> None:
+    built = model(config())
+    call, busy, spread = module.measure_call(config(), built, CPU, 3, 2)
+    assert call["tiles"] == 3
+    assert call["forward_s"] > 0
+    assert call["backward_s"] > 0
+    assert 0.1 < busy < 64
+    assert spread >= 0
+    assert all(parameter.grad is None for parameter in built.parameters())
+
+
+def test_decoding_takes_the_runs_own_tiles_if_there_are_any(tmp_path: Path) -> None:
+    rate, words = module.measure_decode(tiny_run(tmp_path), CPU, 2)
+    assert rate > 0
+    assert words == "the run's own tiles"
+    elsewhere = config(bookkeeping={"out": tmp_path / "none"})
+    rate, words = module.measure_decode(elsewhere, CPU, 2)
+    assert rate > 0
+    assert words == "drawn tiles, without reading"
+
+
+def test_a_drawn_tile_is_about_as_long_as_one_of_tissue() -> None:
+    assert 8_000 < len(module._drawn_tile(224, 0)) < 30_000
+    assert module._drawn_tile(32, 1) != module._drawn_tile(32, 2)
+
+
+def test_head_and_optimiser_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_UPDATED", 1000)
+    assert module.measure_head(model(config()), CPU, True, 1) >= 0
+    assert module.measure_update(config(), CPU, 2) > 0
+
+
+def test_encoders_without_tiles_of_their_own_are_refused() -> None:
+    dense = config(science={"encoder": {"name": "resnet18", "dense": "layer1"}})
+    with pytest.raises(ConfigError, match="science.encoder.dense to null"):
+        module.measure_alone(dense, Ranks(Topology()), CPU, True)
+
+
+def test_what_was_measured_becomes_a_machine() -> None:
+    alone = {
+        "name": "here",
+        "device_bytes": 8e9,
+        "calls": [
+            {"tiles": 1, "forward_s": 0.1, "backward_s": 0.2},
+            {"tiles": 4, "forward_s": 0.3, "backward_s": 0.5},
+        ],
+        "saved_bytes": 1e6,
+        "busy_cores": 1.0,
+        "noise": 0.01,
+        "decode_mpx_s": 100.0,
+        "decoded": "drawn tiles",
+        "head_s": 1e-6,
+        "update_s_per_gb": 1.0,
+        "fixed_s": 0.01,
+    }
+    together = {"sizes": [8, 10**6, 10**8], "seconds": [1e-4, 1.1e-3, 0.1001]}
+    machine = module._machine(config(), "cpu", 2, alone, together)
+    assert machine.measured
+    assert machine.device_bytes == 4e9  # its share of main memory
+    assert find_speed(machine, config()) == machine.encoders[0]
+    assert machine.links.between is None
+    assert machine.largest is not None
+    assert (machine.largest.nodes, machine.largest.ranks, machine.largest.tiles) == (1, 2, 4)
+    spread = machine.model_copy(update={"cores_per_node": 2})  # however many cores there are here
+    for size, seconds in zip(together["sizes"], together["seconds"], strict=True):
+        call = Collective("all_reduce", "sum", int(size), 2, "gradients")
+        assert sum(collective_seconds(call, spread)) == pytest.approx(seconds, rel=0.05)
+    alone_on_a_gpu = module._machine(config(), "cuda", 1, alone, None)
+    assert alone_on_a_gpu.device_bytes == 8e9
+    assert "assumed" in alone_on_a_gpu.links.source
