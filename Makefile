@@ -47,8 +47,8 @@ lint-quick: $(STAMP)
 
 lint: lint-quick ## ruff, formatting, import contracts, mypy, shellcheck where installed
 	@$(BIN)/ruff format --quiet --check .
-	@for script in launch/*.sh launch/slurm/*.sbatch .ci/run; do bash -n "$$script" || exit 1; done
-	@if command -v shellcheck >/dev/null; then shellcheck launch/*.sh launch/slurm/*.sbatch .ci/run; fi
+	@for script in launch/*.sh launch/slurm/*.sh launch/slurm/*.sbatch .ci/run; do bash -n "$$script" || exit 1; done
+	@if command -v shellcheck >/dev/null; then shellcheck launch/*.sh launch/slurm/*.sh launch/slurm/*.sbatch .ci/run; fi
 
 clean: ## remove .venv, caches and build files; runs/ stays
 	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

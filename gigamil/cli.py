@@ -67,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"gigamil {_version()}")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # added by `deepspeed --module gigamil doctor --dist`
     verbs = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     def verb(
@@ -104,6 +105,13 @@ def _parser() -> argparse.ArgumentParser:
     init.add_argument("--overwrite", action="store_true", help="replace files that are there")
     doctor = verb("doctor", _doctor, "check this machine and say how to cure what is wrong", config=False)
     doctor.add_argument("--out", type=Path, metavar="DIR", help="folder that runs will be written to")
+    doctor.add_argument(
+        "--dist",
+        action="store_true",
+        help="check all ranks of a job together: hosts, versions, clocks, network, shared folder, all-reduce; under torchrun, "
+        "deepspeed or srun those that it started, else ranks of this machine",
+    )
+    doctor.add_argument("--ranks", type=_count, metavar="N", help="with --dist, without a launcher: how many ranks (2)")
     inspect = verb(
         "inspect", _inspect, "what is in slide files, or in a whole cohort, and what tiling gives", config=False
     )
@@ -143,6 +151,27 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--gpu-memory", metavar="SIZE", help="memory of a rank: 80GB, 512MiB, bytes (what is free here)")
     plan.add_argument("--tiles", type=_count, metavar="N", help="tiles of a step over all ranks (those of the shards)")
     plan.add_argument("--json", action="store_true", help="print figures for programs")
+    simulate = verb("simulate", _simulate, "predict step time and bottleneck on so many nodes, from a machine file")
+    simulate.add_argument("--nodes", default="1,2,4,8", metavar="N,N,...", help="numbers of nodes (%(default)s)")
+    simulate.add_argument(
+        "--machine", type=Path, metavar="FILE", help="what a node can do (configs/machines/h200-8x400g.yaml)"
+    )
+    simulate.add_argument("--slides", type=_count, metavar="N", help="so many slides, drawn from those that are known")
+    simulate.add_argument(
+        "--slow-rank", type=_positive, default=1.0, metavar="X", help="one rank takes X times as long"
+    )
+    simulate.add_argument("--plot", type=Path, metavar="FILE", help="draw it, too: a PNG")
+    simulate.add_argument("--json", action="store_true", help="print figures for programs")
+    bench = verb("bench", _bench, "measure this machine: a machine file for `gigamil simulate`", config=False)
+    bench.add_argument("what", choices=("calibrate",), help="encoder, decoding, step, all-reduce: some minutes")
+    bench.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="whose encoder and tiles (defaults)")
+    bench.add_argument("--out", type=Path, required=True, metavar="FILE", help="machine file to write")
+    bench.add_argument("--ranks", type=_count, metavar="N", help="ranks of a node (its GPUs, or 2)")
+    bench.add_argument("--quick", action="store_true", help="fewer sizes and rounds")
+    bench.add_argument(
+        "--plugin", action="append", default=[], metavar="MODULE", help="module that registers your parts"
+    )
+    bench.set_defaults(limit=None, print_config=False)
     verb("train", _train, "train on execution.ranks ranks of this machine, or continue")
     verb("evaluate", _evaluate, "predict held-out slides; metrics with intervals, figures, report")
     heatmap = verb("heatmap", _heatmap, "draw the attention of slides")
@@ -156,6 +185,9 @@ def _parser() -> argparse.ArgumentParser:
         help="also draw the size of the gradient of the predicted class's logit by the pixels; dense encoders only",
     )
     verb("run", _run, "tile, split, train, evaluate, heatmap; what is done is skipped")
+    sync = verb("sync", _sync, "send a run folder to an MLflow server: what it does not have yet", config=False)
+    sync.add_argument("folder", type=Path, metavar="RUN", help="run folder (bookkeeping.out); not while it is trained")
+    sync.add_argument("--to", metavar="URI", help="http://HOST:PORT, ... (MLFLOW_TRACKING_URI, else RUN/mlflow.db)")
     return parser
 
 
@@ -203,7 +235,15 @@ def _init(arguments: argparse.Namespace, _overrides: Sequence[str]) -> int:
 
 
 def _doctor(arguments: argparse.Namespace, _overrides: Sequence[str]) -> int:
+    if arguments.dist:
+        from gigamil.doctor_dist import run_doctor_dist
+
+        return run_doctor_dist(arguments.out, arguments.ranks)
     from gigamil.doctor import run_doctor
+    from gigamil.errors import ConfigError
+
+    if arguments.ranks is not None:
+        raise ConfigError("--ranks is of --dist: gigamil doctor --dist --ranks N")
 
     report = run_doctor(arguments.out)
     print(report.text())
@@ -381,6 +421,37 @@ def _plan(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     return 0
 
 
+def _simulate(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
+    from dataclasses import asdict
+
+    from gigamil.scaling.machine import DEFAULT_MACHINE, load_machine
+    from gigamil.scaling.simulate import find_cohort, parse_nodes, simulate
+
+    config, nodes = _load(arguments, overrides), parse_nodes(arguments.nodes)
+    machine = load_machine(arguments.machine or DEFAULT_MACHINE)
+    cohort = find_cohort(config, arguments.slides)
+    found = simulate(config, machine, nodes, cohort=cohort, slow_rank=arguments.slow_rank)
+    print(json.dumps(asdict(found)) if arguments.json else found.text())
+    if arguments.plot is not None:
+        from gigamil.scaling.figure import draw_simulation
+
+        draw_simulation(found, arguments.plot)
+        if not arguments.json:
+            print(f"plot: '{arguments.plot}'")
+    return 0
+
+
+def _bench(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
+    from gigamil.scaling.calibrate import calibrate
+    from gigamil.scaling.machine import save_machine
+
+    config = _load(arguments, overrides)
+    machine = calibrate(config, ranks=arguments.ranks, quick=arguments.quick, plugins=arguments.plugin)
+    save_machine(machine, arguments.out)
+    print(f"'{arguments.out}': {machine.name}; gigamil simulate CONFIG.yaml --machine {arguments.out}")
+    return 0
+
+
 def _train(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     from gigamil.train.api import train_model
 
@@ -416,6 +487,13 @@ def _run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
 
     result = run_pipeline(_load(arguments, overrides), plugins=arguments.plugin)
     print(json.dumps(result), flush=True)
+    return 0
+
+
+def _sync(arguments: argparse.Namespace, _overrides: Sequence[str]) -> int:
+    from gigamil.train.sync import sync_run
+
+    print(sync_run(arguments.folder, arguments.to, progress=True).text())
     return 0
 
 

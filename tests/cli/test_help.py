@@ -25,12 +25,15 @@ VERBS = (
     "features",
     "export-coords",
     "plan",
+    "simulate",
+    "bench",
     "train",
     "evaluate",
     "heatmap",
     "run",
+    "sync",
 )
-WITH_CONFIG = ("tile", "split", "features", "plan", "train", "evaluate", "heatmap", "run")
+WITH_CONFIG = ("tile", "split", "features", "plan", "simulate", "train", "evaluate", "heatmap", "run")
 # Of the classes that errors.py itself declares: gigamil's other ones carry the code of a rank's error.
 DECLARED = [kind for kind in errors.GigamilError.__subclasses__() if kind.__module__ == errors.__name__]
 EXIT_CODES = {"0", "141"} | {str(kind.exit_code) for kind in DECLARED}
