@@ -30,6 +30,8 @@ _JOB_LOCK = re.compile(r"\.gigamil-job-(\d+)-of-(\d+)\.lock")
 TOUCH_S = 10.0
 # Twelve touches, and more than the minute for which NFS clients believe their cached file times (acregmax).
 DEAD_AFTER_S = 120.0
+# A launcher starts a job again only when it has lost it, and what is left of it ends within PATIENCE_S of `parallel.meeting`.
+SAME_JOB_DEAD_AFTER_S = 30.0
 _NO_KERNEL_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS}
 
 _log = logging.getLogger(__name__)
@@ -37,32 +39,56 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a folder: `started` is the process's start in seconds since 1970, which tells reused numbers apart."""
+    """Who holds a folder.
+
+    Attributes:
+        what: command, as the user knows it.
+        host, pid: its process.
+        started: when that began, in seconds since 1970, which tells reused numbers apart.
+        launcher_job: the job that a launcher may start again; None if nobody does.
+    """
 
     what: str
     host: str
     pid: int
     started: float
+    launcher_job: str | None = None
 
     def __str__(self) -> str:
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.started))
         return f"`{self.what}`, process {self.pid} on {self.host}, started {since}"
 
 
+class FolderInUse(EnvironmentFault):
+    """Another run holds the folder.
+
+    Attributes:
+        holder: who; None if it has only just come.
+    """
+
+    def __init__(self, message: str, holder: Holder | None) -> None:
+        super().__init__(message)
+        self.holder = holder
+
+
 @contextmanager
-def folder_lock(path: Path | str, what: str, job: tuple[int, int] | None = None) -> Iterator[None]:
+def folder_lock(
+    path: Path | str, what: str, job: tuple[int, int] | None = None, launcher_job: str | None = None
+) -> Iterator[None]:
     """Hold a folder for one run; it is made if it is missing.
 
     The lock of a dead run is taken over with a notice in the log: on this machine at once, of another machine when it
-    has not been touched for two minutes.
+    has not been touched for two minutes, or half a minute if the launcher has started the same job again.
 
     Args:
         path: the folder.
         what: the holder as the user knows it, for example "gigamil tile".
         job: (i, n) for the i-th of n jobs that share the folder. The others of the n may hold it too; the same i, jobs
             of another n, and a run that wants the folder for itself may not.
+        launcher_job: name of the launcher's job (`gigamil.parallel.topology.launcher_job`).
     Raises:
-        EnvironmentFault: another run holds the folder, or it cannot be written.
+        FolderInUse: another run holds the folder.
+        EnvironmentFault: it cannot be written.
     """
     folder = Path(path)
     file = folder / (LOCK_NAME if job is None else ".gigamil-job-{}-of-{}.lock".format(*job))
@@ -70,7 +96,7 @@ def folder_lock(path: Path | str, what: str, job: tuple[int, int] | None = None)
         folder.mkdir(parents=True, exist_ok=True)
         handle = _open_locked(folder, file)
         try:
-            _take(handle, folder, file, what)
+            _take(handle, folder, file, what, launcher_job)
         except BaseException:
             os.close(handle)
             raise
@@ -154,21 +180,22 @@ def _is_held(handle: int, folder: Path) -> bool:
         if error.errno not in _NO_KERNEL_LOCKS:
             raise
     holder = _read_holder(handle)
-    return holder is not None and _seems_alive(holder, handle, folder)
+    return holder is not None and _seems_alive(holder, handle, folder, DEAD_AFTER_S)
 
 
-def _seems_alive(holder: Holder, handle: int, folder: Path) -> bool:
-    return _alive(holder) if holder.host == socket.gethostname() else _touched_lately(handle, folder)
+def _seems_alive(holder: Holder, handle: int, folder: Path, dead_after_s: float) -> bool:
+    return _alive(holder) if holder.host == socket.gethostname() else _touched_within(dead_after_s, handle, folder)
 
 
-def _take(handle: int, folder: Path, file: Path, what: str) -> None:
+def _take(handle: int, folder: Path, file: Path, what: str, launcher_job: str | None) -> None:
     """Write ourselves into a lock file, unless its last holder may be alive."""
     last = _read_holder(handle)
     if last is not None:
-        if _seems_alive(last, handle, folder):
+        is_same_job = launcher_job is not None and last.launcher_job == launcher_job
+        if _seems_alive(last, handle, folder, SAME_JOB_DEAD_AFTER_S if is_same_job else DEAD_AFTER_S):
             raise _in_use(folder, file, last)
         _log.warning("folder '%s': took over the lock of a run that is dead (%s)", folder, last)
-    me = Holder(what, socket.gethostname(), os.getpid(), psutil.Process().create_time())
+    me = Holder(what, socket.gethostname(), os.getpid(), psutil.Process().create_time(), launcher_job)
     os.ftruncate(handle, 0)
     os.pwrite(handle, json.dumps(asdict(me)).encode(), 0)
 
@@ -203,10 +230,10 @@ def _touched(handle: int, file: Path) -> Iterator[None]:
         thread.join()
 
 
-def _touched_lately(handle: int, folder: Path) -> bool:
+def _touched_within(seconds: float, handle: int, folder: Path) -> bool:
     # Both times are the file server's: its clock may be minutes off ours.
     with tempfile.TemporaryFile(dir=folder) as just_now:
-        return os.fstat(just_now.fileno()).st_mtime - os.fstat(handle).st_mtime < DEAD_AFTER_S
+        return os.fstat(just_now.fileno()).st_mtime - os.fstat(handle).st_mtime < seconds
 
 
 def _alive(holder: Holder) -> bool:
@@ -223,10 +250,11 @@ def _same_file(handle: int, file: Path) -> bool:
         return False
 
 
-def _in_use(folder: Path, file: Path, holder: Holder | None) -> EnvironmentFault:
+def _in_use(folder: Path, file: Path, holder: Holder | None) -> FolderInUse:
     who = f"by {holder}" if holder else "by a run that has just started"
     elsewhere = holder is not None and holder.host != socket.gethostname()
     cure = f"try again in {DEAD_AFTER_S / 60:g} minutes, or delete" if elsewhere else "delete"
-    return EnvironmentFault(
+    message = (
         f"folder '{folder}' is in use {who}. Wait for it, or name another folder. If that run is dead, {cure} '{file}'."
     )
+    return FolderInUse(message, holder)

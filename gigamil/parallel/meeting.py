@@ -12,6 +12,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -28,6 +29,7 @@ BEAT_S = 1.0
 PATIENCE_S = 17.0
 _HURT_PATIENCE_S = 5.0  # where a collective has failed already, somebody is lost, and it is only asked who
 _GRACE_S = 3.0  # in which others read what rank 0 has found, before the store goes with it
+_ANSWER_S = 15.0  # a store that listens answers at once; another program, to which one can connect, never
 _OWN_GAP_S = 5.0  # this process itself did not run for so long: what it knows of the others is old
 
 
@@ -155,6 +157,11 @@ def meet(topology: Topology, timeout_s: float) -> Meeting:
     place = meeting_point()
     is_server = topology.rank == 0 and not place.is_kept_by_launcher
     store = _connect(place, topology, timeout_s, is_server=is_server)
+    if store.add(f"arrived/{topology.rank}", 1) > 1:
+        raise EnvironmentFault(
+            f"rank {topology.rank} on host '{own.host}' met another rank {topology.rank} at {place.address}:{place.port}. Do two "
+            "jobs use this port? Choose another MASTER_PORT for one of them."
+        )
     store.set(f"pulse/{topology.rank}", "0")  # of everyone there is a word when the first begins to look
     told = _exchange(store, topology, "0/arrival", vars(own), timeout_s, _by_number)
     return Meeting(topology, store, [Member(**facts) for facts in told], place, timeout_s)
@@ -162,26 +169,59 @@ def meet(topology: Topology, timeout_s: float) -> Meeting:
 
 def _connect(place: MeetingPoint, topology: Topology, timeout_s: float, *, is_server: bool) -> dist.Store:
     try:
-        store = dist.TCPStore(
-            place.address,
-            place.port,
-            is_master=is_server,
-            timeout=timedelta(seconds=timeout_s),
-            wait_for_workers=False,
-        )
-    except (RuntimeError, ValueError) as error:  # torch's own network errors are RuntimeErrors
+        store = _open_store(place, timeout_s, is_server=is_server)
+    except (RuntimeError, ValueError, OSError) as error:  # torch's own network errors are RuntimeErrors
         here = f"rank {topology.rank} of {topology.world_size} on host '{socket.gethostname()}'"
         where = f"{place.address}:{place.port}"
         words = str(error).splitlines()[0] if str(error) else type(error).__name__
         cure = (
             "Is the port in use? Choose another MASTER_PORT; MASTER_ADDR must be this host, where rank 0 is."
             if is_server
-            else "Was rank 0 started, is MASTER_ADDR its host, and can this host reach it (`gigamil doctor --dist`)?"
+            else "Was rank 0 started, is MASTER_ADDR its host, and can this host reach it (`gigamil doctor --dist`)? If "
+            "another program uses the port, choose another MASTER_PORT."
         )
         raise EnvironmentFault(
             f"{here} could not {'listen for' if is_server else 'reach'} the others at {where}: {words}. {cure}"
         ) from error
     return dist.PrefixStore(place.name, store)
+
+
+def _open_store(place: MeetingPoint, timeout_s: float, *, is_server: bool) -> dist.Store:
+    """The store, once it listens and answers.
+
+    In torch the constructor waits for ever for the answer of whatever listens there; so it does that in a thread.
+
+    Raises:
+        TimeoutError: what listens there does not answer.
+    """
+    opened: Future[dist.Store] = Future()
+
+    def open_it() -> None:
+        try:
+            timeout = timedelta(seconds=timeout_s)
+            store = dist.TCPStore(place.address, place.port, None, is_server, timeout, wait_for_workers=False)
+            opened.set_result(store)
+        except Exception as error:  # noqa: BLE001 - raised by who waits for it
+            opened.set_exception(error)
+
+    threading.Thread(target=open_it, name="gigamil-meet", daemon=True).start()
+    listens_since = math.inf
+    while not wait([opened], timeout=1.0).done:
+        if listens_since == math.inf and _listens(place):
+            listens_since = time.monotonic()
+        if time.monotonic() - listens_since > _ANSWER_S:
+            raise TimeoutError(
+                f"what listens there has not answered within {_ANSWER_S:g} s, so it is not rank 0's store"
+            )
+    return opened.result()
+
+
+def _listens(place: MeetingPoint) -> bool:
+    try:
+        with socket.create_connection((place.address, place.port), timeout=1.0):
+            return True
+    except OSError:
+        return False
 
 
 def _exchange(

@@ -125,8 +125,14 @@ def meeting_point(env: Mapping[str, str] = os.environ) -> MeetingPoint:
     is_kept = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     # Only ranks of one agent's store count its restarts alike (pytorch#135712).
     attempt = env.get("TORCHELASTIC_RESTART_COUNT", "0") if is_kept else "0"
-    job = env.get("SLURM_JOB_ID") or env.get("TORCHELASTIC_RUN_ID") or "run"
-    return MeetingPoint(env["MASTER_ADDR"], _integer(env, "MASTER_PORT"), is_kept, f"gigamil/{job}/{attempt}")
+    name = f"gigamil/{launcher_job(env) or 'run'}/{attempt}"
+    return MeetingPoint(env["MASTER_ADDR"], _integer(env, "MASTER_PORT"), is_kept, name)
+
+
+def launcher_job(env: Mapping[str, str] = os.environ) -> str | None:
+    """Name of the job, which stays when Slurm or torchrun starts it again; None under launchers that have none."""
+    run = env.get("TORCHELASTIC_RUN_ID", "none")  # torchrun's own word for no --rdzv-id
+    return env.get("SLURM_JOB_ID") or (run if run != "none" else None)
 
 
 def _integer(env: Mapping[str, str], name: str, default: str | None = None) -> int:

@@ -16,9 +16,9 @@ import torch.distributed as dist
 from gigamil.config.load import load_config
 from gigamil.config.schema import RunConfig
 from gigamil.errors import EnvironmentFault, GigamilError, Interrupted, TrainingError
-from gigamil.lock import folder_lock
+from gigamil.lock import SAME_JOB_DEAD_AFTER_S, TOUCH_S, FolderInUse, folder_lock
 from gigamil.parallel.meeting import Meeting, meet
-from gigamil.parallel.topology import Topology, detect_topology, export_topology, told_rank
+from gigamil.parallel.topology import Topology, detect_topology, export_topology, launcher_job, told_rank
 from gigamil.registry import import_plugins
 from gigamil.train.agree import FirstRankLost, StopSignals
 from gigamil.train.engine import start_distributed
@@ -169,14 +169,18 @@ def _tell(error: GigamilError) -> None:
 
 def _patient_lock(stack: ExitStack, out: Path) -> None:
     # The ranks of a killed command notice its end within half a second; a moment's patience spares a second try.
-    deadline = time.monotonic() + 2.0
+    start, job, is_told = time.monotonic(), launcher_job(), False
     while True:
         try:
-            stack.enter_context(folder_lock(out, "gigamil train"))
+            stack.enter_context(folder_lock(out, "gigamil train", launcher_job=job))
             return
-        except EnvironmentFault:
-            if time.monotonic() > deadline:
+        except FolderInUse as error:
+            is_same_job = job is not None and error.holder is not None and error.holder.launcher_job == job
+            if time.monotonic() - start > (SAME_JOB_DEAD_AFTER_S + TOUCH_S if is_same_job else 2.0):
                 raise
+            if is_same_job and not is_told:
+                _log.warning("job %s was started again; waiting until its lost rank 0 is known to be dead", job)
+                is_told = True
             time.sleep(0.2)
 
 

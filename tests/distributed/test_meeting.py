@@ -111,6 +111,34 @@ def test_a_port_in_use_is_named_with_the_cure(monkeypatch: pytest.MonkeyPatch) -
             _meet(0, 2, 2.0)
 
 
+def test_a_port_at_which_another_program_listens_is_no_meeting_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gigamil.parallel.meeting._ANSWER_S", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as taken:  # takes connections, and says nothing
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", str(taken.getsockname()[1]))
+        with pytest.raises(EnvironmentFault, match=r"could not reach the others.*not rank 0's store.*MASTER_PORT"):
+            _meet(1, 2, 60.0)
+
+
+def _twice(rank: int, num_ranks: int, pipe: Connection) -> None:
+    def meet_twice() -> None:
+        _meet(rank, num_ranks)
+        _meet(1, num_ranks)
+
+    if rank:
+        _refused(pipe, meet_twice)
+    else:
+        _meet(rank, num_ranks).exchange("end", None)
+
+
+def test_two_jobs_at_one_port_are_refused() -> None:
+    with _started(_twice, 2) as (_, pipes):
+        name, message, code, _ = _received(pipes[1])
+    assert (name, code) == ("EnvironmentFault", 4)
+    assert "rank 1 on host 'host0' met another rank 1 at 127.0.0.1:" in message
+    assert "Choose another MASTER_PORT for one of them" in message
+
+
 def _comparing(rank: int, num_ranks: int, pipe: Connection, facts: list[dict[str, str]]) -> None:
     from gigamil.train.handshake import refuse_unlike_ranks
 

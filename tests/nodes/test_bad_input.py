@@ -50,7 +50,6 @@ def start(
     words: tuple[Sequence[str], Sequence[str]] = ((), ()),
     slots: tuple[Sequence[int], Sequence[int]] = ((1, 1), (1, 1)),
     around_second: Sequence[str] = (),
-    env_of_second: dict[str, str] | None = None,
 ) -> str:
     """Start both nodes' parts, wait until both have ended with an error, and return what they printed.
 
@@ -58,16 +57,14 @@ def start(
         words: more of them, on each node.
         slots: of both hosts, in each node's own hostfile.
         around_second: what runs the command on node 1.
-        env_of_second: more variables there.
     """
     processes = []
     for node in (0, 1):
         hostfile = write_hostfile(nodes.folder / f"hosts-{node}", list(zip(nodes.hosts, slots[node], strict=True)))
         command = [*deepspeed_part(nodes, node, hostfile), "gigamil.train.worker", str(path), *words[node]]
-        env = rank_environment(nodes.folder)
         if node == 1:
-            command, env = [*around_second, *command], env | (env_of_second or {})
-        processes.append(nodes.run(node, command, env))
+            command = [*around_second, *command]
+        processes.append(nodes.run(node, command, rank_environment(nodes.folder)))
     codes = wait_for_all(nodes, processes, LIMIT_S)
     assert all(codes), last_words(nodes)
     assert await_exit(nodes, [1]) is not None
@@ -85,7 +82,8 @@ def test_two_nodes_with_different_code(nodes: Nodes, path: Path, tmp_path: Path)
     shutil.copytree(Path(gigamil.__file__).parent, other / "gigamil", ignore=shutil.ignore_patterns("__pycache__"))
     with (other / "gigamil" / "units.py").open("a") as stream:
         stream.write("# another version\n")
-    said = start(nodes, path, env_of_second={"PYTHONPATH": str(other)})
+    # In front of the path of `python -m` is the folder that it is started in.
+    said = start(nodes, path, around_second=["sh", "-c", 'cd "$0" && exec "$@"', str(other)])
     assert "the ranks are not alike: code of gigamil is" in said
     assert "on host 'node1' (rank 1)" in said
     assert "the same gigamil on all machines" in said
@@ -112,6 +110,8 @@ def test_a_port_that_is_in_use(nodes: Nodes, path: Path) -> None:
     said = start(nodes, path)
     assert f"rank 0 of 2 on host 'node0' could not listen for the others at {nodes.address(0)}:{PORT}" in said
     assert "Choose another MASTER_PORT" in said
+    assert "rank 1 of 2 on host 'node1' could not reach the others" in nodes.output(1)
+    assert "If another program uses the port" in nodes.output(1)
 
 
 def test_a_host_file_with_more_slots_than_are_started(nodes: Nodes, path: Path) -> None:

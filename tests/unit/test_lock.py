@@ -15,7 +15,8 @@ import psutil
 import pytest
 
 from gigamil.errors import EnvironmentFault
-from gigamil.lock import DEAD_AFTER_S, LOCK_NAME, TOUCH_S, folder_lock
+from gigamil.lock import DEAD_AFTER_S, LOCK_NAME, SAME_JOB_DEAD_AFTER_S, TOUCH_S, FolderInUse, folder_lock
+from gigamil.parallel.meeting import PATIENCE_S
 
 HOLD = """
 import sys, time
@@ -108,6 +109,26 @@ def test_a_dead_run_on_another_host_is_taken_over(tmp_path: Path, caplog: pytest
         assert json.loads((tmp_path / LOCK_NAME).read_text())["host"] == socket.gethostname()
     assert "took over the lock of a run that is dead (`gigamil tile`, process 1 on node-17" in caplog.text
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("job", "is_taken"), [("17", True), ("18", False), (None, False)])
+def test_a_job_that_was_started_again_elsewhere_waits_half_a_minute(
+    tmp_path: Path, job: str | None, *, is_taken: bool
+) -> None:
+    holder_file(tmp_path, host="node-17", pid=1, launcher_job="17")
+    set_age(tmp_path / LOCK_NAME, SAME_JOB_DEAD_AFTER_S + 10)
+    if is_taken:
+        with folder_lock(tmp_path, "x", launcher_job=job):
+            assert json.loads((tmp_path / LOCK_NAME).read_text())["launcher_job"] == job
+    else:
+        with pytest.raises(FolderInUse) as refused, folder_lock(tmp_path, "x", launcher_job=job):
+            pass
+        assert refused.value.holder is not None
+        assert refused.value.holder.launcher_job == "17"
+
+
+def test_half_a_minute_is_longer_than_what_is_left_of_a_job() -> None:
+    assert SAME_JOB_DEAD_AFTER_S > max(PATIENCE_S, 2 * TOUCH_S)
 
 
 def test_the_holder_touches_its_lock_until_it_lets_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

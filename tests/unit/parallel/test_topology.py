@@ -3,7 +3,7 @@
 import pytest
 
 from gigamil.errors import ConfigError, EnvironmentFault
-from gigamil.parallel.topology import Topology, detect_topology, export_topology, told_rank
+from gigamil.parallel.topology import Topology, detect_topology, export_topology, launcher_job, told_rank
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
 DEEPSPEED = {
@@ -91,3 +91,10 @@ def test_several_ranks_need_a_meeting_point(missing: str) -> None:
     del env[missing]
     with pytest.raises(EnvironmentFault, match=f"{missing} is not set for a world of 4"):
         export_topology(Topology(4, 0), env)
+
+
+def test_a_job_keeps_its_name_when_it_is_started_again() -> None:
+    assert launcher_job({}) is None
+    assert launcher_job({"TORCHELASTIC_RUN_ID": "none"}) is None
+    assert launcher_job({"TORCHELASTIC_RUN_ID": "fold-1", "TORCHELASTIC_RESTART_COUNT": "1"}) == "fold-1"
+    assert launcher_job({"SLURM_JOB_ID": "17", "SLURM_RESTART_COUNT": "2"}) == "17"
