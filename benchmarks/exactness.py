@@ -61,6 +61,7 @@ from gigamil.testing.exactness import (
     num_variants,
     within_float32,
 )
+from gigamil.train.launch import free_port
 
 BOUNDS = {"float64": 1e-12, "float64, pinv": 1e-9, "bfloat16": 2.0**-8}
 WITH_PINV = ("transmil",)
@@ -258,7 +259,7 @@ def _compare(ranks: int, zero: int | None, everything: bool) -> list[Row]:
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--num_gpus", str(ranks)]
-        command += ["--hostfile", os.devnull, "--no_local_rank", "--master_port", str(_free_port())]
+        command += ["--hostfile", os.devnull, "--no_local_rank", "--master_port", str(free_port())]
         command += [os.path.abspath(__file__), "--worker", "-" if zero is None else str(zero), folder]
         command += ["--all"] if everything else []
         env = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
@@ -330,14 +331,6 @@ def _worker(zero: str, folder: str, everything: bool) -> int:
 
 def _numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ rank or node, after another step.
 Expected: a rank that is gone is noticed within seconds, silence after 17 s; all have left within 30 s, with one message that
 names what was lost, and every run recovers. What takes more than 60 s is a hang.
 
-    python benchmarks/faults.py [--faults kill,freeze,cut,node,term] [--rounds 1] [--launcher deepspeed]
+    python benchmarks/faults.py [--faults kill,freeze,cut,node,frozen-node,term] [--rounds 1] [--launcher deepspeed]
 
 Needs root (namespaces). A minute or two for each fault on two idle cores. The last line is JSON: faults, recovered (with one
 message, no orphan, within 30 s), hangs, worst_exit_s; exit code 1 if a promise was broken.
@@ -83,6 +83,8 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--launcher", choices=get_args(Launcher), default="deepspeed", help="(%(default)s)")
     parser.add_argument("--folder", type=Path, help="keeps the runs and what nodes print; default: a temporary one")
     arguments = parser.parse_args(words)
+    if arguments.rounds < 1:
+        parser.error(f"--rounds {arguments.rounds} would try nothing: give 1 or more")
     reason = why_no_nodes()
     if reason is not None:
         print(f"no nodes can be made on this machine: {reason}", file=sys.stderr)

@@ -52,10 +52,10 @@ from gigamil.scaling.calibrate import calibrate
 from gigamil.scaling.machine import Link, Machine
 from gigamil.scaling.simulate import find_cohort, step_seconds
 from gigamil.scaling.traffic import step_collectives
-from gigamil.testing.nodes import PORT, Nodes, last_words, rank_environment, why_no_nodes
+from gigamil.testing.nodes import PORT, Nodes, rank_environment, wait_for_all, why_no_nodes
 from gigamil.testing.ranks import run_on_ranks
 from gigamil.testing.shards import make_shards, noise_jpegs
-from gigamil.testing.traffic import Call, count_traffic
+from gigamil.testing.traffic import Call, calls_of_steps, count_traffic
 from gigamil.train.engine import make_ranks, skip_kernel_build, start_distributed
 from gigamil.train.loop import Trainer
 from gigamil.train.plan import build_planned_model
@@ -357,15 +357,7 @@ def train_points(
             pass_gate(gates, number)
         dist.barrier()
         trainer = Trainer(config, make_ranks(detect_topology(config.execution.group_size)), torch.device("cpu"))
-        train_step, steps = trainer._train_step, list[list[Call]]()
-
-        def counted(*words: Any, train_step: Any = train_step, steps: list[list[Call]] = steps) -> Any:
-            first = len(calls)
-            result = train_step(*words)
-            steps.append(calls[first:])
-            return result
-
-        trainer._train_step = counted  # type: ignore[method-assign]
+        steps = calls_of_steps(trainer, calls)
         dist.barrier()
         trainer.fit()
         counts = Counter(f"{call.name} {call.operation} {call.sent}" for call in steps[1])
@@ -410,16 +402,22 @@ def run_on_nodes(folder: Path, points: Sequence[Point], configs: Sequence[RunCon
         for number, point in enumerate(points):
             while not (gates / f"ready{number}").exists():
                 if any(process.poll() for process in processes) or time.monotonic() > deadline:
-                    raise RuntimeError(f"the nodes did not come to '{point.name}'\n{last_words(nodes)}")
+                    raise RuntimeError(f"the nodes did not come to '{point.name}'\n{said(gates)}")
                 time.sleep(0.05)
             for node in range(count):
                 nodes.limit(node, point.bits_s)
             (gates / f"go{number}").touch()
-        for process in processes:
-            if process.wait(max(0.0, deadline - time.monotonic())):
-                raise RuntimeError(f"a rank ended with {process.returncode}\n{last_words(nodes)}")
+        codes = wait_for_all(nodes, processes, deadline - time.monotonic())
+        if any(codes):
+            raise RuntimeError(f"ranks ended with {codes}\n{said(gates)}")
     found: list[dict[str, Any]] = json.loads((gates / "found.json").read_text())
     return found
+
+
+def said(gates: Path) -> str:
+    """The end of what each rank has printed."""
+    logs = sorted((gates / "logs").glob("*.log"))
+    return "\n".join(f"{path.name}:\n{path.read_text(errors='replace')[-3000:]}" for path in logs)
 
 
 def start_rank(nodes: Nodes, gates: Path, rank: int, per_node: int, ranks: int) -> "subprocess.Popen[bytes]":

@@ -111,7 +111,9 @@ def _parser() -> argparse.ArgumentParser:
         help="check all ranks of a job together: hosts, versions, clocks, network, shared folder, all-reduce; under torchrun, "
         "deepspeed or srun those that it started, else ranks of this machine",
     )
-    doctor.add_argument("--ranks", type=_count, metavar="N", help="with --dist, without a launcher: how many ranks (2)")
+    doctor.add_argument(
+        "--ranks", type=_count, metavar="N", help="with --dist, without a launcher: how many ranks (its GPUs, or 2)"
+    )
     inspect = verb(
         "inspect", _inspect, "what is in slide files, or in a whole cohort, and what tiling gives", config=False
     )

@@ -1,5 +1,6 @@
 """Files that are whole or not there: written aside, forced to disk, renamed."""
 
+import hashlib
 import json
 import os
 import socket
@@ -28,6 +29,12 @@ def fsync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal digits."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def parse_object(text: str, where: str, cure: str) -> dict[str, Any]:

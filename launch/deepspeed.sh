@@ -77,6 +77,9 @@ else
             refuse 2 "MASTER_ADDR is not set: the address of ${hosts[0]}, the first host of $HOSTFILE, the same everywhere"
         command+=(--no_ssh --node_rank "$((10#$NODE_RANK))")
     else
+        # The launcher, inside, would call ssh there, and start its own Python on the others, outside.
+        ((${#python[@]} == 1)) ||
+            refuse 2 "PYTHON=\"$PYTHON\" cannot be started by ssh; start this script on each host with NODE_RANK and MASTER_ADDR"
         tools=(ssh)
         if ((${#hosts[@]} > 1)); then tools+=(pdsh); fi
         for tool in "${tools[@]}"; do

@@ -25,7 +25,7 @@ read -ra python <<<"${PYTHON:-python3}" # several words are fine: PYTHON="apptai
 command=("${python[@]}" -m torch.distributed.run --nproc-per-node "${RANKS:-1}" --max-restarts "${MAX_RESTARTS:-0}")
 if [[ -n ${RDZV:-} ]]; then
     [[ $RDZV =~ .:[0-9]+$ ]] || refuse "RDZV=$RDZV must be HOST:PORT of one of the machines, the same on all"
-    command+=(--nnodes "$nodes" --rdzv-backend c10d --rdzv-endpoint "$RDZV" --rdzv-id "${RDZV_ID:-gigamil}")
+    command+=(--nnodes "$nodes" --rdzv-backend c10d --rdzv-endpoint "$RDZV" --rdzv-id "${RDZV_ID:-gigamil-$RDZV}")
 elif [[ $nodes == 1 ]]; then
     command+=(--standalone)
 else

@@ -114,7 +114,8 @@ def _measure_call(encode: Callable[[int], Tensor], module: nn.Module, size: int)
             live.mark()
             graph_nD = encode(size)
             kept = live.now - start
-            graph_nD.sum().backward()
+            if graph_nD.requires_grad:  # else all of the encoder is fixed
+                graph_nD.sum().backward()
             del graph_nD
             peaks.append(live.peak - start)
         start = live.now

@@ -233,12 +233,18 @@ def _exchange(
     describe: Callable[[Sequence[int]], str],
 ) -> list[Any]:
     store.set(f"{key}/{topology.rank}", json.dumps(value))
+    come: list[int] = []
     if topology.rank == 0:
-        _gather(store, topology.world_size, key, timeout_s, describe)
+        come = _gather(store, topology.world_size, key, timeout_s, describe)
     told = _await(store, f"{key}/all", timeout_s + _GRACE_S)
     if "fault" in told:
+        # The store goes with rank 0, so the others read first; but rank 0 has the word, and some launchers end it as soon
+        # as another rank has ended.
         if topology.rank == 0:
-            time.sleep(_GRACE_S)  # the store goes with this rank, and the others have to read it
+            _await_readers(store, key, come)
+        else:
+            store.set(f"{key}/read/{topology.rank}", "")
+            time.sleep(_GRACE_S / 2)
         fault = EnvironmentFault(told["fault"])
         fault.is_agreed = True
         raise fault
@@ -248,22 +254,21 @@ def _exchange(
 
 def _gather(
     store: dist.Store, num_ranks: int, key: str, timeout_s: float, describe: Callable[[Sequence[int]], str]
-) -> None:
-    """Rank 0 collects what all say and puts it where all look, or puts there who is missing."""
+) -> list[int]:
+    """Rank 0 collects what all say and puts it where all look, or puts there who is missing; returns who has come."""
     missing, start, told_at, pause = list(range(num_ranks)), time.monotonic(), 10.0, 0.01
     while missing := [rank for rank in missing if not store.check([f"{key}/{rank}"])]:
         waited = time.monotonic() - start
         if waited > timeout_s:
-            come = num_ranks - len(missing)
-            here = (_host_of(store, key, rank) for rank in range(num_ranks) if rank not in missing)
-            hosts = sorted({host for host in here if host is not None})
+            come = [rank for rank in range(num_ranks) if rank not in missing]
+            hosts = sorted({host for host in (_host_of(store, key, rank) for rank in come) if host is not None})
             from_hosts = f" (hosts {', '.join(map(repr, hosts[:8]))})" if hosts else ""
             fault = (
-                f"{come} of {num_ranks} ranks came within {timeout_s:g} s{from_hosts}, without {describe(missing)}. Was the "
+                f"{len(come)} of {num_ranks} ranks came within {timeout_s:g} s{from_hosts}, without {describe(missing)}. Was the "
                 "job started on every machine, with the same MASTER_ADDR, MASTER_PORT and number of ranks?"
             )
             store.set(f"{key}/all", json.dumps({"fault": fault}))
-            return
+            return come
         if waited > told_at:
             _log.warning("waiting for %s", describe(missing))
             told_at *= 2
@@ -271,6 +276,14 @@ def _gather(
         pause = min(2 * pause, 0.25)
     values = [json.loads(text) for text in store.multi_get([f"{key}/{rank}" for rank in range(num_ranks)])]
     store.set(f"{key}/all", json.dumps({"values": values}))
+    return list(range(num_ranks))
+
+
+def _await_readers(store: dist.Store, key: str, come: Sequence[int]) -> None:
+    """Rank 0 lets the others read a fault, for a moment: one that was lost meanwhile never does."""
+    deadline = time.monotonic() + _GRACE_S
+    while time.monotonic() < deadline and not store.check([f"{key}/read/{rank}" for rank in come if rank]):
+        time.sleep(0.05)
 
 
 def _host_of(store: dist.Store, key: str, rank: int) -> str | None:

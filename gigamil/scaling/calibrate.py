@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -109,10 +110,14 @@ def calibrate(
 def _machine(
     config: RunConfig, device: str, ranks: int, alone: dict[str, Any], together: dict[str, Any] | None
 ) -> Machine:
-    link = _GPU_LINK
+    link, stretch = _GPU_LINK, max(1.0, ranks / num_cores())
     algorithm: Literal["ring", "tree"] = "tree" if device == "cuda" else "ring"
     if together is not None:
         link = fit_link(algorithm, ranks, together["sizes"], together["seconds"])
+        if (
+            device == "cpu"
+        ):  # `Machine.stretch` says how much longer ranks take that share cores: measured with it, so taken off
+            link = Link(latency_s=link.latency_s / stretch, bytes_s=link.bytes_s * stretch)
     about_links = _HERE if together is not None else "one rank, nothing to measure: assumed"
     calls = tuple(CallTime(**call) for call in alone["calls"])
     return Machine.model_validate(
@@ -223,13 +228,13 @@ def measure_alone(config: RunConfig, ranks: Ranks, device: torch.device, quick: 
         model.to(device)
         # The largest first: it also pays for what is made on first use.
         measured = [done(measure_call(config, model, device, size, rounds)) for size in reversed(sizes)]
-        _, busy, spread = measured[0]
-        calls = [call for call, _, _ in reversed(measured)]
+        busy = measured[0][1]
+        calls = _growing([call for call, _ in reversed(measured)])
         saved = measure_chunk_bytes(PlainEngine(model), sizes[-1], config.slides.tile_px) / sizes[-1]
         rate, decoded = done(measure_decode(config, device, rounds))
         head_s = done(measure_head(model, device, quick, rounds))
         update = done(measure_update(config, device, rounds))
-        step_s, tiles, updated = done(measure_step(config, model, ranks, device, rounds))
+        step_s, spread, tiles, updated = done(measure_step(config, model, ranks, device, rounds))
         seconds = [Line(tuple(map(float, sizes)), tuple(c[key] for c in calls)) for key in ("forward_s", "backward_s")]
         known = sum(float(line.at(np.array([float(tiles)]))[0]) for line in seconds)
         done(None)
@@ -253,11 +258,11 @@ def measure_alone(config: RunConfig, ranks: Ranks, device: torch.device, quick: 
 
 def measure_call(
     config: RunConfig, model: SlideModel, device: torch.device, size: int, rounds: int
-) -> tuple[dict[str, float], float, float]:
+) -> tuple[dict[str, float], float]:
     """An encoder call on so many tiles, from uint8 on the way as training takes it.
 
     Returns:
-        Values of `CallTime`; cores that it kept busy; relative spread of its time.
+        Values of `CallTime`; cores that it kept busy.
     """
     tile_px, is_narrow = config.slides.tile_px, config.science.precision == "bfloat16"
     image_cHWC = torch.randint(0, 256, (size, tile_px, tile_px, 3), dtype=torch.uint8)
@@ -274,16 +279,24 @@ def measure_call(
             encode()
 
     def both() -> None:
-        encode().float().sum().backward()
+        embedding_cD = encode()
+        if embedding_cD.requires_grad:  # else all of the encoder is fixed
+            embedding_cD.float().sum().backward()
 
     cpu, start = time.process_time(), time.perf_counter()
     alone, whole = _times(forward, device, rounds), _times(both, device, rounds)
     busy = (time.process_time() - cpu) / (time.perf_counter() - start)
     model.zero_grad(set_to_none=True)
     first, last = statistics.median(alone), statistics.median(whole)
-    deviation = statistics.median(abs(seconds - last) for seconds in whole) / last
-    # Half of what is normally distributed lies within 0.6745 standard deviations.
-    return {"tiles": size, "forward_s": first, "backward_s": max(last - first, 1e-9)}, busy, deviation / 0.6745
+    return {"tiles": size, "forward_s": first, "backward_s": max(last - first, 1e-9)}, busy
+
+
+def _growing(calls: list[dict[str, float]]) -> list[dict[str, float]]:
+    """More tiles never take less; where they did, the machine was disturbed at the smaller call."""
+    for smaller, larger in zip(calls[-2::-1], calls[:0:-1], strict=True):
+        for key in ("forward_s", "backward_s"):
+            smaller[key] = min(smaller[key], larger[key])
+    return calls
 
 
 def measure_decode(config: RunConfig, device: torch.device, rounds: int) -> tuple[float, str]:
@@ -339,12 +352,27 @@ def measure_update(config: RunConfig, device: torch.device, rounds: int) -> floa
 
 def measure_step(
     config: RunConfig, model: SlideModel, ranks: Ranks, device: torch.device, rounds: int
-) -> tuple[float, int, int]:
-    """Seconds of a whole step of one tile per slide through DeepSpeed, its tiles, and bytes that the optimiser updates."""
+) -> tuple[float, float, int, int]:
+    """A whole step of one tile per slide through DeepSpeed.
+
+    Returns:
+        Seconds; their relative standard deviation from step to step; tiles; bytes that the optimiser updates.
+    """
+    trained = sum(
+        parameter.nbytes for parameter in model.parameters() if parameter.requires_grad
+    )  # before ZeRO 3 parts them
     engine = DeepSpeedEngine(model, make_optimizer(model, config), deepspeed_config(config), device)
     slides, tile_px = config.science.slides_per_step, config.slides.tile_px
     names = [f"s{number}" for number in range(slides)]
-    step = ExactStep(engine, ranks, cross_entropy, chunk=slides, num_keep=1, keys=DrawKeys(0, names))
+    step = ExactStep(
+        engine,
+        ranks,
+        cross_entropy,
+        chunk=slides,
+        num_keep=1,
+        keys=DrawKeys(0, names),
+        augment=partial(augment_tiles, settings=config.science.augment),
+    )
     plan = plan_steps(range(slides), [1] * slides, slides, 1, 1)[0]
     tiles = StepTiles(
         HeldImages(torch.zeros((slides, tile_px, tile_px, 3), dtype=torch.uint8)),
@@ -358,9 +386,11 @@ def measure_step(
     def work() -> None:
         step.train(plan, tiles, label, weight, step=0, learning_rates=rates)
 
-    seconds = statistics.median(_times(work, device, 4 * rounds)[2 * rounds :])  # DeepSpeed's first steps make much
-    trained = sum(parameter.nbytes for parameter in engine.module.parameters() if parameter.requires_grad)
-    return seconds, slides, trained
+    times = _times(work, device, 4 * rounds)[2 * rounds :]  # DeepSpeed's first steps make much
+    usual = statistics.median(times)
+    deviation = statistics.median(abs(seconds - usual) for seconds in times) / usual
+    # Half of what is normally distributed lies within 0.6745 standard deviations.
+    return usual, deviation / 0.6745, slides, trained
 
 
 def _times(function: Callable[[], object], device: torch.device, rounds: int) -> list[float]:

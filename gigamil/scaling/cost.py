@@ -4,7 +4,7 @@ Shapes: all functions take whole arrays of tile counts, one per step. docs/scali
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -21,6 +21,7 @@ from gigamil.scaling.traffic import Collective
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+_STEP = 1e-3  # tiles
 
 
 @dataclass(frozen=True)
@@ -41,16 +42,18 @@ class Line:
         x, y = np.array(self.tiles, dtype=np.float64), np.array(self.seconds)
         if len(x) == 1:
             return np.asarray(tiles) * y[0] / x[0]
-        first, last = (y[1] - y[0]) / (x[1] - x[0]), (y[-1] - y[-2]) / (x[-1] - x[-2])
+        first, last = (y[1] - y[0]) / (x[1] - x[0]), max(0.0, (y[-1] - y[-2]) / (x[-1] - x[-2]))
         below = np.minimum(np.asarray(tiles) - x[0], 0) * first
         above = np.maximum(np.asarray(tiles) - x[-1], 0) * last
         found: Floats = np.maximum(np.interp(tiles, x, y) + below + above, 0.0)
         return found
 
-    @property
-    def floor(self) -> float:
-        """Seconds of a call without tiles: what does not shrink with them."""
-        return float(self.at(np.zeros(1))[0])
+    def launch(self, tiles: Floats | Ints) -> Floats:
+        """Of the seconds of a call on so many tiles those that do not shrink with them: what its line has at no tiles."""
+        counts = np.asarray(tiles, dtype=np.float64)
+        less = self.at(np.maximum(counts - _STEP, 0.0))
+        found: Floats = np.maximum(less - (self.at(counts) - less) / _STEP * (counts - _STEP), 0.0)
+        return found
 
 
 @dataclass(frozen=True)
@@ -77,13 +80,13 @@ class RankSeconds(NamedTuple):
 
     Attributes:
         total: seconds.
-        floor: of them those that do not shrink with the tiles of a call.
+        launch: of them those that do not shrink with the tiles of a call.
         calls: first passes.
         kept: tiles whose graphs are kept.
     """
 
     total: Floats
-    floor: Floats
+    launch: Floats
     calls: Ints
     kept: Ints
 
@@ -122,8 +125,9 @@ def encoder_cost(config: RunConfig, model: SlideModel, machine: Machine) -> Enco
             f"{config.science.precision}. Measure it there: gigamil bench calibrate CONFIG.yaml --out machine.yaml"
         )
     if config.execution.activation_checkpointing != "none":  # one more forward, within the backward
-        seconds = cost.beyond.at(np.array(cost.beyond.tiles)) + cost.forward.at(np.array(cost.beyond.tiles))
-        beyond = Line(cost.beyond.tiles, tuple(seconds.tolist()))
+        tiles = tuple(sorted({*cost.forward.tiles, *cost.beyond.tiles}))  # between them both are straight
+        seconds = cost.beyond.at(np.array(tiles)) + cost.forward.at(np.array(tiles))
+        beyond = Line(tiles, tuple(seconds.tolist()))
         return EncoderCost(cost.forward, beyond, cost.busy_cores, None, cost.source)
     return cost
 
@@ -134,16 +138,25 @@ def _under_roof(config: RunConfig, model: SlideModel, roof: Roof) -> EncoderCost
     precision: Precision = config.science.precision
     rate = share * roof.flops_s[precision]
     forward, backward = count_flops(model, config.slides.tile_px)
-    chunks = (1.0, 2.0)
     whose = name if name in roof.efficiency else "other"
     return EncoderCost(
-        Line(chunks, tuple(roof.launch_s + tiles * forward / rate for tiles in chunks)),
-        Line(chunks, tuple(2 * roof.launch_s + tiles * backward / rate for tiles in chunks)),
+        _launched(roof.launch_s, forward / rate),
+        _launched(2 * roof.launch_s, backward / rate),
         0.0,
         None,
         f"{(forward + backward) / 1e9:.3g} GFLOP a tile, forward and backward, at {share:.0%} of "
         f"{roof.flops_s[precision] / 1e12:.0f} TFLOP/s (efficiency of '{whose}'; {roof.source})",
     )
+
+
+def _launched(launch_s: float, seconds_per_tile: float) -> Line:
+    """A call whose kernels are launched while earlier ones run: what takes longer counts."""
+    hidden = launch_s / seconds_per_tile if seconds_per_tile else math.inf  # tiles behind which launches hide
+    if hidden == math.inf:
+        return Line((1.0, 2.0), (launch_s, launch_s))
+    if hidden <= 1:
+        return Line((1.0,), (seconds_per_tile,))
+    return Line((1.0, hidden, 2 * hidden), (launch_s, launch_s, 2 * launch_s))
 
 
 def count_flops(model: SlideModel, tile_px: int) -> tuple[int, int]:
@@ -162,7 +175,9 @@ def count_flops(model: SlideModel, tile_px: int) -> tuple[int, int]:
     return forward, both - forward
 
 
-def rank_seconds(cost: EncoderCost, tiles: Ints, chunk: int, num_keep: int, factor: float = 1.0) -> RankSeconds:
+def rank_seconds(
+    cost: EncoderCost, tiles: Ints, chunk: int, num_keep: int, factor: float = 1.0, *, is_padded: bool = False
+) -> RankSeconds:
     """Encoder calls on a rank that owns so many tiles: kept chunks F + B, replayed ones 2 F + B.
 
     Args:
@@ -170,24 +185,27 @@ def rank_seconds(cost: EncoderCost, tiles: Ints, chunk: int, num_keep: int, fact
         chunk: tiles of a call, at most.
         num_keep: calls whose graphs are kept.
         factor: pixels that are computed per pixel of a tile (dense encoders).
+        is_padded: the last call is filled up to `chunk` (a compiled encoder).
     """
     owned = np.maximum(tiles, 1)
     full, rest = owned // chunk, owned % chunk
     has_rest = (rest > 0).astype(np.int64)
     kept_full = np.minimum(full, num_keep)
     kept_rest = has_rest * (num_keep > full)
-    whole, part = np.full(len(owned), float(chunk)) * factor, rest * factor
+    whole = np.full(len(owned), float(chunk)) * factor
+    part = whole if is_padded else rest * factor
 
-    def summed(line: Line, fulls: Ints, rests: Ints) -> Floats:
-        return fulls * line.at(whole) + rests * line.at(part)
+    def summed(seconds: Callable[[Floats], Floats], fulls: Ints, rests: Ints) -> Floats:
+        return fulls * seconds(whole) + rests * seconds(part)
 
-    replayed = summed(cost.forward, full - kept_full, has_rest - kept_rest)
-    total = summed(cost.forward, full, has_rest) + summed(cost.beyond, full, has_rest) + replayed
-    calls = full + has_rest
-    again = calls - kept_full - kept_rest
-    floor = calls * (cost.forward.floor + cost.beyond.floor) + again * cost.forward.floor
+    def all_of(forward: Callable[[Floats], Floats], beyond: Callable[[Floats], Floats]) -> Floats:
+        again = summed(forward, full - kept_full, has_rest - kept_rest)
+        return summed(forward, full, has_rest) + summed(beyond, full, has_rest) + again
+
+    total = all_of(cost.forward.at, cost.beyond.at)
+    launch = np.minimum(all_of(cost.forward.launch, cost.beyond.launch), total)
     kept = np.minimum(kept_full * chunk + kept_rest * rest, tiles)
-    return RankSeconds(total, floor, calls, kept)
+    return RankSeconds(total, launch, full + has_rest, kept)
 
 
 def collective_seconds(call: Collective, machine: Machine) -> Seconds:

@@ -35,7 +35,8 @@ def draw_simulation(simulation: Simulation, out_png: Path) -> None:
             axes.grid(axis="y")
             axes.legend(loc="lower right" if axes is speed else "lower left")
         for point in simulation.points:
-            place, side = ((10, -4), "left") if point is first else ((-4, 7), "right")
+            # Below the curve, where the line of proportion never is.
+            place, side = ((4, -14), "right") if point is simulation.points[-1] else ((9, -9), "left")
             speed.annotate(
                 point.bottleneck,
                 (point.nodes, point.slides_s),

@@ -4,12 +4,12 @@ Written by hand from data sheets (`measured: false`), or by `gigamil bench calib
 """
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from gigamil.config.schema import Count, Fraction, NonNegative, Positive, RunConfig, Section
+from gigamil.config.schema import Count, NonNegative, Positive, RunConfig, Section
 from gigamil.errors import ConfigError
 from gigamil.files import replace_file
 
@@ -48,7 +48,7 @@ class Roof(Section):
     """What encoders that were not measured are taken to reach: operations counted, over a share of the roof."""
 
     flops_s: dict[Precision, Positive] = Field(description="floating-point operations per second, by precision")
-    efficiency: dict[str, Fraction] = Field(
+    efficiency: dict[str, Annotated[float, Field(gt=0, le=1)]] = Field(
         description="share of it that an encoder reaches, by name; `other` for the rest"
     )
     launch_s: NonNegative = Field(description="seconds that the shortest forward takes; a backward twice that")
@@ -169,9 +169,13 @@ def load_machine(path: Path | str) -> Machine:
     try:
         data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(
-            f"no machine file '{path}'. configs/machines/ has some; `gigamil bench calibrate --out {path}` measures this machine."
-        ) from None
+        measure = "`gigamil bench calibrate --out mine.yaml` measures this machine"
+        if path == DEFAULT_MACHINE:  # an installation has no configs/
+            raise ConfigError(
+                f"no machine file is named, and gigamil was not installed from a clone, which has '{path.name}' in "
+                f"configs/machines/. Name one with --machine FILE; {measure}."
+            ) from None
+        raise ConfigError(f"no machine file '{path}'. configs/machines/ of a clone has some; {measure}.") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"'{path}' cannot be read as YAML: {error}") from error
     try:

@@ -37,6 +37,7 @@ MIX = "log-normal around 20,000 tiles, 5,000 to 100,000, seed 0"
 _MIX_SLIDES = 400
 _JPEG_BYTES = 15_000  # of a tile of 224 pixels at quality 90
 TERMS = ("compute", "imbalance", "latency", "gradient reduction", "aggregator traffic", "decode", "storage")
+_READERS = ("decode", "storage")  # what they take beside all else is not in the time; what ranks wait for them is
 
 
 @dataclass(frozen=True)
@@ -134,12 +135,14 @@ class Simulation:
             f"cohort: {self.cohort}; {self.steps} steps an epoch",
         ]
         lines += [f"error band: {self.band_words}", ""]
-        lines.append("nodes  ranks    step s     p95 s  slides/s  efficiency  kept f   epoch h  bottleneck")
+        lines.append(
+            "nodes  ranks    step s     p95 s  slides/s  efficiency  kept f   epoch h  bottleneck (of the time)"
+        )
         for point in self.points:
             lines.append(
                 f"{point.nodes:5} {point.ranks:6} {point.step_s:9.4g} {point.step_p95_s:9.4g} {point.slides_s:9.4g}"
                 f" {point.efficiency:11.2f} {point.kept_share:7.2f} {point.epoch_s / 3600:9.3g}  {point.bottleneck}"
-                f" ({point.shares[point.bottleneck]:.0%})  {self._status(point)}"
+                f" ({point.shares[point.bottleneck]:.0%}{' waiting' * (point.bottleneck in _READERS)})  {self._status(point)}"
             )
         lines += ["", "efficiency (slides/s and node, over the first row)", *self._bars()]
         hints = dict.fromkeys(f"{point.nodes} node(s): {point.hint}" for point in self.points if point.hint)
@@ -175,9 +178,9 @@ def simulate(
         machine: a kind of node.
         nodes: how many of them, ascending; efficiencies are over the first.
         cohort: slides; default `find_cohort`.
-        slow_rank: one rank takes so many times as long as the others.
+        slow_rank: one rank takes so many times as long as the others; 1 or more.
     Raises:
-        ConfigError: the encoder's speed is not known, `execution.group_size` does not divide the ranks, or
+        ConfigError: slow_rank is less than 1, the encoder's speed is not known, `execution.group_size` does not divide the ranks, or
             `execution.halo` is exchange.
     Cost: seconds: a few forwards and backwards of a handful of tiles for `gigamil plan`, and arithmetic.
     """
@@ -212,6 +215,8 @@ def step_seconds(
 def _prepare(
     config: RunConfig, machine: Machine, nodes: Sequence[int], cohort: Cohort, slow_rank: float
 ) -> "tuple[_Run, tuple[Plan, ...]]":
+    if slow_rank < 1:
+        raise ConfigError(f"--slow-rank {slow_rank:g}: one rank takes so many times as long as the others, 1 or more")
     model = build_planned_model(config)
     worlds = [count * machine.ranks_per_node for count in nodes]
     plans = plan_worlds(config, worlds, cohort.sizes, model, machine.device, int(machine.device_bytes))
@@ -219,6 +224,9 @@ def _prepare(
     cost = EncoderCost(nothing, nothing, 0.0, None, "none: features are read")
     if isinstance(model.encoder, TileEncoder):
         cost = encoder_cost(config, model, machine)
+        if not any(parameter.requires_grad for parameter in model.encoder.parameters()):
+            cost = replace(cost, beyond=nothing, saved_bytes=None)  # one pass without graphs
+            plans = tuple(replace(plan, num_kept=sum(cohort.sizes)) for plan in plans)
     return _Run(config, machine, cohort, model, cost, slow_rank), plans
 
 
@@ -276,7 +284,8 @@ class _Epoch(NamedTuple):
         kept: f, over all tiles.
         largest: tiles of the busiest rank in the largest step.
         sent_bytes: that a rank gives to collectives in a step.
-        decode_share: time of decoding over that of all else.
+        decode_cores: cores of a rank that decoding keeps busy, if it is to be as fast as all else.
+        launch_share: of encoder calls, seconds that larger calls would not have.
     """
 
     seconds: Floats
@@ -285,7 +294,8 @@ class _Epoch(NamedTuple):
     kept: float
     largest: int
     sent_bytes: int
-    decode_share: float
+    decode_cores: float
+    launch_share: float
 
 
 @dataclass(frozen=True)
@@ -310,9 +320,10 @@ class _Run:
         chunk = plan.chunk if plan.blocks is not None else config.execution.tiles_per_call
         factor = 1.0 if plan.blocks is None else plan.blocks.factor
 
-        busiest = rank_seconds(cost, steps.largest, chunk, num_keep, factor)
+        is_padded = config.execution.compile and config.data.source != "features"
+        busiest = rank_seconds(cost, steps.largest, chunk, num_keep, factor, is_padded=is_padded)
         mean_tiles = np.maximum(1, np.rint(steps.total / ranks).astype(np.int64))
-        usual = rank_seconds(cost, mean_tiles, chunk, num_keep, factor)
+        usual = rank_seconds(cost, mean_tiles, chunk, num_keep, factor, is_padded=is_padded)
         own = busiest.total * self._late(group_size) * (1 + machine.noise * expected_largest(ranks))
         decode, storage = _data_seconds(self, plan, steps, usual.kept / mean_tiles)
         # A rank's calls and its decoding share its cores, whatever waits for what.
@@ -320,17 +331,18 @@ class _Run:
         working = np.maximum(own, (own * cost.busy_cores + decode.core) / cores if cost.busy_cores else 0.0)
         head = steps.largest * machine.step.head_s * machine.stretch
         update = _updated_bytes(config, model, ranks) / 1e9 * machine.step.update_s_per_gb
-        fixed = (machine.step.fixed_s + update) * machine.stretch
+        update, fixed = update * machine.stretch, machine.step.fixed_s * machine.stretch
         calls = step_collectives(config, model, steps.group, science.slides_per_step, ranks)
         latency, reduction, pooling = _collectives(calls, machine)
-        consumed = working + head + fixed + latency + reduction + pooling
+        consumed = working + head + update + fixed + latency + reduction + pooling
         produced = np.maximum(decode.seconds, storage)
         ended = _pipeline(config, consumed, produced, decode.is_held)
 
         terms = dict.fromkeys(TERMS, 0.0)
-        terms["compute"] = float((usual.total - usual.floor + head).sum())
-        terms["imbalance"] = float((working - usual.total - (busiest.floor - usual.floor)).sum())
-        terms["latency"] = float((busiest.floor + fixed + latency).sum())
+        one_launch = busiest.launch / busiest.calls  # fewer tiles of a rank make fewer calls, down to one
+        terms["compute"] = float((usual.total - one_launch + working - own + head + update).sum())
+        terms["imbalance"] = float((own - usual.total).sum())
+        terms["latency"] = float((one_launch + fixed + latency).sum())
         terms["gradient reduction"] = reduction * len(consumed)
         terms["aggregator traffic"] = pooling * len(consumed)
         reader = "decode" if decode.seconds.sum() >= storage.sum() else "storage"
@@ -344,7 +356,8 @@ class _Run:
             kept=float(usual.kept.sum() / mean_tiles.sum()),
             largest=int(steps.largest.max()),
             sent_bytes=sum(call.bytes for call in calls if call.ranks > 1),
-            decode_share=float(decode.seconds.sum() / consumed.sum()),
+            decode_cores=float(decode.core.sum() / consumed.sum()),
+            launch_share=float(busiest.launch.sum() / busiest.total.sum()) if cost.forward.seconds[-1] else 0.0,
         )
 
     def _late(self, group_size: int) -> float:
@@ -374,7 +387,7 @@ def _point(run: _Run, plan: Plan, nodes: int) -> NodePoint:
         sent_bytes=epoch.sent_bytes,
         is_predicted=not is_measured or largest is None or epoch.largest > largest.tiles,
         fits=plan.fits,
-        hint=_hint(run.config, machine, epoch.bottleneck, epoch.decode_share),
+        hint=_hint(run, epoch),
     )
 
 
@@ -412,15 +425,19 @@ def _data_seconds(run: _Run, plan: Plan, steps: StepTiles, kept: Floats) -> tupl
     def cache(free: float) -> float:
         return limit if limit > 1 else limit * free
 
-    ahead = execution.prefetch + 2 if execution.prefetch else 1
+    ahead = execution.prefetch + 2 if execution.prefetch and execution.decode_workers else 1
     most = int(tiles.max()) * row_bytes
     is_held = plan.blocks is None and most * ahead <= cache(machine.host_bytes / machine.ranks_per_node)
-    if not is_held and not (machine.device == "cuda" and most <= cache(machine.device_bytes)):
+    if not is_held and most > cache(machine.device_bytes):
         core = core * (2 - kept)  # decoded again for the chunks that are encoded again
     threads = min(max(1, execution.decode_workers), max(1.0, machine.cores_per_rank))
     storage = machine.storage
     per_node = tiles * stored * machine.ranks_per_node
-    if execution.shard_cache is not None:
+    if (
+        config.data.source == "shards"
+        and execution.shard_cache is not None
+        and _cached_gb(cohort) <= execution.shard_cache_gb
+    ):
         read: Floats = per_node / storage.local_bytes_s
     else:
         read = per_node / storage.node_bytes_s
@@ -472,15 +489,28 @@ def _pipeline(config: RunConfig, consumed: Floats, produced: Floats, is_held: bo
     return np.array(ends)
 
 
-def _hint(config: RunConfig, machine: Machine, bottleneck: str, decode_share: float) -> str:
+def _cached_gb(cohort: Cohort) -> float:
+    """Of all tars: whole ones are copied, and over the epochs every node reads of each."""
+    return sum(cohort.sizes) * cohort.tile_bytes / 1e9
+
+
+def _hint(run: _Run, epoch: _Epoch) -> str:
+    config, machine, bottleneck = run.config, run.machine, epoch.bottleneck
     execution, cores = config.execution, int(machine.cores_per_rank)
     if bottleneck == "decode":
-        wanted = math.ceil(max(1, execution.decode_workers) * decode_share)
+        wanted = math.ceil(epoch.decode_cores)
         if wanted <= cores and execution.decode_workers < wanted:
             return f"decode: execution.decode_workers {wanted} would feed a rank"
         return f"decode: a rank needs {wanted} cores to read its tiles, and has {machine.cores_per_rank:.3g}"
-    if bottleneck == "storage" and execution.shard_cache is None:
-        return "storage: execution.shard_cache on the nodes' own disks takes it off from the second epoch on"
+    if bottleneck == "compute" and epoch.launch_share > 0.5 and epoch.largest > execution.tiles_per_call:
+        return "compute: encoder calls are too small to keep the device busy; a larger execution.chunk would"
+    size = _cached_gb(run.cohort)
+    is_cached = execution.shard_cache is not None and size <= execution.shard_cache_gb
+    if bottleneck == "storage" and config.data.source == "shards" and not is_cached:
+        return (
+            f"storage: execution.shard_cache on the nodes' own disks, with shard_cache_gb {math.ceil(size)}, takes it off from "
+            "the second epoch on"
+        )
     if bottleneck == "imbalance" and execution.group_size is not None:
         return "imbalance: a larger execution.group_size shares slides among more ranks"
     if bottleneck == "latency":

@@ -11,6 +11,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gigamil.errors import ShardError
+from gigamil.files import file_sha256
 from gigamil.shards.format import FORMAT_VERSION, MANIFEST
 
 Setting = str | int | float | None
@@ -129,9 +130,7 @@ def settings_digest(settings: dict[str, Setting]) -> str:
 
 def digest_file(path: Path) -> FileDigest:
     """Size and sha256 of a file, read once in blocks."""
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    return FileDigest(name=path.name, bytes=path.stat().st_size, sha256=sha256)
+    return FileDigest(name=path.name, bytes=path.stat().st_size, sha256=file_sha256(path))
 
 
 def read_manifest(folder: Path) -> SlideManifest:

@@ -33,6 +33,8 @@ from gigamil.errors import EnvironmentFault
 Launcher = Literal["deepspeed", "torchrun"]
 INTERFACE = "eth0"  # of every node
 PORT = 29500  # where ranks meet: every set of nodes is a network of its own, so the port is free
+# Words of a shell on a node, then a folder and a command: for the command the folder is empty, and its own.
+HIDE = ("sh", "-c", 'mount -t tmpfs none "$1" && shift && exec "$@"', "sh")
 _TOOLS = ("ip", "tc", "unshare", "mount", "hostname")  # iproute2, util-linux, hostname
 _PREFIX = re.compile(r"gm(\d+)-\d+-")
 _LEAVE_S = 10.0  # for processes that were killed

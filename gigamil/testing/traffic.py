@@ -18,6 +18,8 @@ from unittest.mock import patch
 import torch.distributed as dist
 from torch import Tensor
 
+from gigamil.train.loop import Trainer
+
 # Collectives, and their parameters that are sent and received.
 _COLLECTIVES = {
     "all_reduce": ("tensor", "tensor"),
@@ -56,6 +58,25 @@ def count_traffic() -> Iterator[list[Call]]:
         for name in _COLLECTIVES:
             stack.enter_context(patch.object(dist, name, _counting(name, calls)))
         yield calls
+
+
+def calls_of_steps(trainer: Trainer, calls: list[Call]) -> list[list[Call]]:
+    """What each step of a training calls, once it trains; in a list that grows with its steps.
+
+    Args:
+        trainer: that has not begun.
+        calls: as `count_traffic` gives them.
+    """
+    train_step, steps = trainer._train_step, list[list[Call]]()
+
+    def counted(*words: Any) -> Any:
+        first = len(calls)
+        result = train_step(*words)
+        steps.append(calls[first:])
+        return result
+
+    trainer._train_step = counted  # type: ignore[method-assign,assignment]
+    return steps
 
 
 def _counting(name: str, calls: list[Call]) -> Callable[..., Any]:

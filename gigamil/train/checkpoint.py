@@ -5,7 +5,6 @@ leaves the previous generation or the new one, complete; leftovers are collected
 pickled.
 """
 
-import hashlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -64,7 +63,7 @@ class CheckpointStore:
             save_file(state.moments, staging / _MOMENTS)
             facts = {**progress, "step": step, "optimizer_steps": state.optimizer_steps}
             (staging / _PROGRESS).write_text(json.dumps(facts, indent=1))
-            digests = {name: _sha256(staging / name) for name in _DIGESTED}
+            digests = {name: files.file_sha256(staging / name) for name in _DIGESTED}
             (staging / _MANIFEST).write_text(json.dumps({"format": FORMAT, "sha256": digests}, indent=1))
             for path in staging.iterdir():
                 files.fsync(path)
@@ -137,7 +136,7 @@ class CheckpointStore:
         if found_format != FORMAT:
             raise CheckpointError(f"checkpoint '{path}' has format {found_format}; this gigamil reads {FORMAT}")
         for name, digest in digests.items():
-            if not (path / name).is_file() or _sha256(path / name) != digest:
+            if not (path / name).is_file() or files.file_sha256(path / name) != digest:
                 raise CheckpointError(f"checkpoint file '{path / name}' is damaged (sha256 differs). {self._cure()}")
 
     def _cure(self) -> str:
@@ -168,8 +167,3 @@ class CheckpointStore:
 def _facts(generation: Path) -> dict[str, Any]:
     facts: dict[str, Any] = json.loads((generation / _PROGRESS).read_text())
     return facts
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

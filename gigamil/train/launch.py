@@ -82,7 +82,7 @@ def launch_ranks(
         command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(execution.ranks)]
         # Without a host file the launcher stays on this machine, whatever /job/hostfile of a cluster image says.
         command += ["--quiet"]  # else it reports its own start in a dozen lines
-        command += ["--hostfile", os.devnull, "--master_port", str(_free_port()), "--no_local_rank"]
+        command += ["--hostfile", os.devnull, "--master_port", str(free_port()), "--no_local_rank"]
         command += ["--module", module, *arguments]
         launcher = subprocess.Popen(command, env=_environment(execution, folder), start_new_session=True)
         with _pass_signals_on(launcher, Path(folder)) as was_asked:
@@ -268,7 +268,8 @@ def _gone_is_fine() -> Iterator[None]:
         return
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port that nobody listens at now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

@@ -4,7 +4,6 @@ metrics.jsonl is the truth and the queue; MLflow is a copy of it. Only rank 0 ha
 silent costs two lines in the log: nothing is lost, and what it does not get before the end `gigamil sync` sends later.
 """
 
-import hashlib
 import logging
 import os
 import re
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from gigamil.errors import EnvironmentFault
+from gigamil.files import file_sha256
 from gigamil.train.follow import METRICS, Metric, Sent, followed_files, read_batches, read_sent, write_sent
 from gigamil.train.records import json_line
 
@@ -273,11 +273,11 @@ class RunSender:
 
     def has_file(self, path: Path, folder: str | None = None) -> bool:
         """Whether the store has a file as it is now."""
-        return self._sent.files.get(_artefact_name(path, folder)) == _sha256(path)
+        return self._sent.files.get(_artefact_name(path, folder)) == file_sha256(path)
 
     def send_file(self, path: Path, folder: str | None = None) -> bool:
         """Copy a file to the artefacts, unless it is there as it is now; whether it was sent."""
-        name, digest = _artefact_name(path, folder), _sha256(path)
+        name, digest = _artefact_name(path, folder), file_sha256(path)
         if self._sent.files.get(name) == digest:
             return False
         self._call(f"'{name}'", self._client.log_artifact, self.run_id, str(path), folder)
@@ -426,11 +426,6 @@ def _own_uri(out: Path) -> str:
 
 def _artefact_name(path: Path, folder: str | None) -> str:
     return f"{folder}/{path.name}" if folder else path.name
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _client(uri: str, timeout_s: float) -> Any:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from gigamil.train.launch import free_port
+
 TIMEOUT_S = 90
 Start = Callable[..., "subprocess.Popen[str]"]
 
@@ -37,13 +39,6 @@ def start(tmp_path: Path) -> Iterator[Start]:
         if process.poll() is None:
             os.killpg(process.pid, 9)
         process.communicate(timeout=20)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def rank(number: int, world: int, port: int) -> dict[str, object]:

@@ -15,21 +15,16 @@ from typing import Any
 import pytest
 
 from gigamil.errors import ConfigError, EnvironmentFault, GigamilError
+from gigamil.train.launch import free_port
 
 PATIENCE_S, BEAT_S = 3.0, 0.25
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextmanager
 def _started(function: Callable[..., None], num_ranks: int, *args: Any, missing: int = 0) -> Iterator[Any]:
     """Processes and pipes of ranks that call `function(rank, num_ranks, pipe, *args)`; killed at the end."""
     context = multiprocessing.get_context("spawn")
-    port, processes, pipes = _free_port(), [], []
+    port, processes, pipes = free_port(), [], []
     for rank in range(num_ranks - missing):
         here, there = context.Pipe()
         process = context.Process(target=_run, args=(function, rank, num_ranks, port, there, args), daemon=True)

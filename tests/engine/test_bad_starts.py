@@ -11,6 +11,7 @@ import pytest
 
 from gigamil.config.load import to_yaml
 from gigamil.testing.runs import tiny_run
+from gigamil.train.launch import free_port
 
 ROOT = Path(__file__).parents[2]
 
@@ -22,19 +23,13 @@ def yaml(tmp_path: Path) -> Path:
     return path
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def _outcome(*commands: list[str], num_ranks: int, **env: str) -> tuple[list[int], list[str]]:
     """Start a worker for each command, as ranks 0, 1, ... of `num_ranks`; exit codes, and what each printed."""
     # Only what is named here: a launcher around the tests must not be found.
     clean = {
         name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "TORCHELASTIC", "MASTER"))
     }
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "OMP_NUM_THREADS": "1"} | env
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"} | env
     processes = []
     for rank, command in enumerate(commands):
         own = {"RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": num_ranks}

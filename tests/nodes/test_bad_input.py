@@ -12,6 +12,7 @@ import gigamil
 from gigamil.config.load import to_yaml
 from gigamil.testing.faults import await_exit
 from gigamil.testing.nodes import (
+    HIDE,
     PORT,
     Nodes,
     deepspeed_part,
@@ -29,7 +30,6 @@ import socket, sys, time
 with socket.create_server(("0.0.0.0", int(sys.argv[1]))):
     time.sleep(600)
 """
-HIDE = 'mount -t tmpfs none "$1" && shift && exec "$@"'  # in the node's own mounts
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -93,13 +93,13 @@ def test_a_run_folder_that_is_not_shared(nodes: Nodes, path: Path, tmp_path: Pat
     out = tmp_path / "run"
     shutil.copytree(out, tmp_path / "copied")  # the second machine has its own copy of what `gigamil split` wrote
     copy = f'cp -r {tmp_path / "copied"}/. "$0" && exec "$@"'
-    said = start(nodes, path, around_second=["sh", "-c", HIDE, "sh", str(out), "sh", "-c", copy, str(out)])
+    said = start(nodes, path, around_second=[*HIDE, str(out), "sh", "-c", copy, str(out)])
     assert "is not shared: rank 0 on host 'node0' wrote a file there that host 'node1' did not see" in said
     assert "storage that all hosts share" in said
 
 
 def test_a_rank_without_the_data(nodes: Nodes, path: Path, tmp_path: Path) -> None:
-    said = start(nodes, path, around_second=["sh", "-c", HIDE, "sh", str(tmp_path / "cohort" / "shards")])
+    said = start(nodes, path, around_second=[*HIDE, str(tmp_path / "cohort" / "shards")])
     assert "rank 1 on host 'node1': " in said
     assert "shards" in said
     assert "Traceback" not in nodes.output(0)

@@ -1,24 +1,29 @@
 """`gigamil doctor --dist` on two hosts: what it says of good ones, and that it names the one that is not fit."""
 
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from gigamil.testing.nodes import PORT, Launcher, Nodes, last_words, rank_environment, start_on_nodes, wait_for_all
+from gigamil.testing.nodes import (
+    HIDE,
+    Launcher,
+    Nodes,
+    deepspeed_part,
+    last_words,
+    rank_environment,
+    start_on_nodes,
+    torchrun_part,
+    wait_for_all,
+    write_hostfile,
+)
 
 LIMIT_S = 100.0
-# In the node's own mount namespace: its files hide those that the others see there.
-HIDE = 'mount -t tmpfs none "$1" && shift && exec "$@"'
 
 
 def one_rank(nodes: Nodes, node: int, *words: object) -> list[str]:
     """The command of a machine with one rank; torchrun's agents meet before they start it."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--max-restarts", "0", "--nproc-per-node", "1"]
-    command += ["--nnodes", str(len(nodes.hosts)), "--node-rank", str(node)]
-    command += ["--master-addr", nodes.address(0), "--master-port", str(PORT), "-m", "gigamil", "doctor", "--dist"]
-    return [*command, *map(str, words)]
+    return [*torchrun_part(nodes, node, 1), "gigamil", "doctor", "--dist", *map(str, words)]
 
 
 def rows(nodes: Nodes) -> dict[str, str]:
@@ -57,7 +62,7 @@ def test_a_folder_that_is_not_shared_names_the_host(nodes: Nodes, tmp_path: Path
     env = rank_environment(nodes.folder)
     processes = [
         nodes.run(0, one_rank(nodes, 0, "--out", out), env),
-        nodes.run(1, ["sh", "-c", HIDE, "sh", str(out), *one_rank(nodes, 1, "--out", out)], env),
+        nodes.run(1, [*HIDE, str(out), *one_rank(nodes, 1, "--out", out)], env),
     ]
     assert wait_for_all(nodes, processes, LIMIT_S) == [1, 1]  # torchrun's code for any failure
     found = rows(nodes)
@@ -82,15 +87,12 @@ def test_an_interface_that_one_host_does_not_have_is_named(nodes: Nodes, tmp_pat
 
 @pytest.mark.slow
 def test_a_host_that_never_comes_is_missed_by_the_number_of_its_ranks(nodes: Nodes, tmp_path: Path) -> None:
-    hostfile = nodes.folder / "hostfile"
-    hostfile.write_text("node0 slots=2\nnode1 slots=2\n")
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--hostfile", str(hostfile), "--no_ssh"]
-    command += ["--node_rank", "0", "--master_addr", nodes.address(0), "--master_port", str(PORT)]
-    command += ["--module", "gigamil", "doctor", "--dist", "--out", str(tmp_path)]
+    hostfile = write_hostfile(nodes.folder / "hostfile", [(host, 2) for host in nodes.hosts])
+    command = [*deepspeed_part(nodes, 0, hostfile), "gigamil", "doctor", "--dist", "--out", str(tmp_path)]
     start = time.monotonic()
     process = nodes.run(0, command, rank_environment(nodes.folder))
     assert process.wait(LIMIT_S) == 4
     said = [line for line in nodes.output(0).splitlines() if line.startswith("gigamil: ")]
-    assert len(said) == 1
-    assert "2 of 4 ranks came within 25 s (hosts 'node0'), without ranks 2, 3." in said[0]
+    assert said[:-1] == ["gigamil: waiting for ranks 2, 3"] * 2  # after 10 and 20 s
+    assert "2 of 4 ranks came within 25 s (hosts 'node0'), without ranks 2, 3." in said[-1]
     assert time.monotonic() - start < 60  # imports on a busy machine included

@@ -22,10 +22,12 @@ HOSTS = "node01 slots=4\nnode02 slots=4\n"
 JOB = {"SLURM_JOB_ID": "41007", "SLURM_JOB_NODELIST": "node[01-02]", "SLURM_CPUS_PER_TASK": "8"}
 ELEMENT = {"SLURM_ARRAY_JOB_ID": "41000", "SLURM_ARRAY_TASK_MIN": "1"}
 
+# With quotes, so that words which were split on their way are seen.
+NOTE = """note() { { printf '%s' "$1"; printf ' %q' "${@:2}"; echo; } >>"$FOLDER/calls"; }"""
 # Each notes its words in $FOLDER/calls. srun and gigamil may wait until they are told to end, as ranks do.
 STAND_INS = {
     "srun": """
-echo "srun $*" >>"$FOLDER/calls"
+note srun "$@"
 env | grep -E '^(MASTER_|GIGAMIL_|MLFLOW_|SRUN_)' >"$FOLDER/environment"
 if [[ -n ${WAITS:-} && $* == *$WAITS* ]]; then
     until [[ -e $FOLDER/asked ]]; do sleep 0.02; done
@@ -34,15 +36,15 @@ fi
 exit 0
 """,
     # As slow as a busy controller: ranks have ended before the trap that asks them is over.
-    "scancel": 'echo "scancel $*" >>"$FOLDER/calls"; touch "$FOLDER/asked"; sleep 0.3; exit "${SCANCEL_ENDS:-0}"',
-    "scontrol": 'if [[ $1 == show ]]; then printf "node01\\nnode02\\n"; else echo "scontrol $*" >>"$FOLDER/calls"; fi',
-    "sbatch": 'echo "sbatch $*" >>"$FOLDER/calls"; cat >>"$FOLDER/jobs"',
+    "scancel": 'note scancel "$@"; touch "$FOLDER/asked"; sleep 0.3; exit "${SCANCEL_ENDS:-0}"',
+    "scontrol": 'if [[ $1 == show ]]; then printf "node01\\nnode02\\n"; else note scontrol "$@"; fi',
+    "sbatch": 'note sbatch "$@"; cat >>"$FOLDER/jobs"',
     "ssh": "exit 0",
     "pdsh": "exit 0",
     "python": """
 if [[ $1 == -c ]]; then exec "$REAL_PYTHON" "$@"; fi
 if [[ $* == *--print_config ]]; then cat "$FOLDER/resolved.yaml"; exit "${PRINTS:-0}"; fi
-echo "python $*" >>"$FOLDER/calls"
+note python "$@"
 if [[ $* == *" tile "* && -n ${WAITS:-} ]]; then
     trap 'exit "${ENDS:-5}"' INT
     touch "$FOLDER/started"
@@ -60,7 +62,7 @@ class Desk:
         (folder / "bin").mkdir()
         for name, program in STAND_INS.items():
             path = folder / "bin" / name
-            path.write_text(f"#!/usr/bin/env bash\n{program}\n")
+            path.write_text(f"#!/usr/bin/env bash\n{NOTE}\n{program}\n")
             path.chmod(0o755)
         self.started: list[subprocess.Popen[str]] = []
 
@@ -140,7 +142,7 @@ def test_words_are_handed_on_as_they_are_and_the_command_is_printed(
     result = desk.run(script, "my run.yaml", "--science.epochs", "2", **variables)
     assert result.returncode == 0, result.stderr
     printed = [shlex.split(line.removeprefix("+ ")) for line in result.stdout.splitlines() if line.startswith("+ ")]
-    assert desk.calls() == [" ".join(words) for words in printed]
+    assert [shlex.split(call) for call in desk.calls()] == printed
     for words in printed:
         at = words.index("my run.yaml")
         assert "--science.epochs" in words[at:]
@@ -253,9 +255,8 @@ class TestTorchrun:
 
     def test_machines_that_find_each_other(self, desk: Desk) -> None:
         command = started(desk.run("torchrun.sh", "my.yaml", NNODES="2:4", RDZV="a:29400", MAX_RESTARTS="3"))
-        assert (
-            "--max-restarts 3 --nnodes 2:4 --rdzv-backend c10d --rdzv-endpoint a:29400 --rdzv-id gigamil -m" in command
-        )
+        assert "--max-restarts 3 --nnodes 2:4 --rdzv-backend c10d --rdzv-endpoint a:29400" in command
+        assert "--rdzv-id gigamil-a:29400 -m gigamil.train.worker my.yaml" in command
 
     @pytest.mark.parametrize(
         ("variables", "words"),
@@ -363,8 +364,8 @@ class TestFolds:
         )
         assert evaluate.startswith("srun --nodes=1 --ntasks=1 python -m gigamil evaluate my.yaml ")
         for call in (split, train, evaluate):
-            assert "--cohort.fold 2 --science.seed 41 --bookkeeping.out /runs/study one/fold2_seed1 " in call
-            assert "--bookkeeping.shards /runs/study one/shards --bookkeeping.name fold2_seed1" in call
+            assert r"--cohort.fold 2 --science.seed 41 --bookkeeping.out /runs/study\ one/fold2_seed1 " in call
+            assert r"--bookkeeping.shards /runs/study\ one/shards --bookkeeping.name fold2_seed1" in call
             assert call.endswith("--cohort.folds 5 --cohort.split_method kfold")
         assert "GIGAMIL_MLFLOW_PARENT=my\n" in (desk.folder / "environment").read_text()
 
@@ -398,7 +399,7 @@ class TestFolds:
     def test_a_wrong_array_is_refused(self, desk: Desk, variables: dict[str, str], words: str) -> None:
         write_resolved(desk)
         result = desk.run("slurm/folds.sbatch", "my.yaml", **JOB, **variables)
-        assert result.returncode != 0
+        assert result.returncode == 2
         assert words in result.stderr
         assert desk.calls() == []
 
@@ -417,6 +418,8 @@ class TestFolds:
         process.communicate(timeout=20)
         assert process.returncode == 5
         assert desk.calls()[-1] == "scontrol requeue 41000_3"
+        # Not SLURM_JOB_ID: for one job of an array that is the number of the whole array.
+        assert "scancel --signal=TERM 41000_3" in desk.calls()
         assert stage in [call for call in desk.calls() if call.startswith("srun")][-1]
 
     def test_a_stage_that_fails_is_the_last(self, desk: Desk) -> None:

@@ -277,8 +277,10 @@ def test_two_points_of_one_node(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(why_no_nodes() is not None, reason=str(why_no_nodes()))
 def test_weak_scaling_on_two_nodes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    reason = why_no_nodes()
+    if reason is not None:
+        pytest.skip(reason)
     words = ["--tiny", "--nodes", "1,2", "--mode", "weak", "--encoder", "sleep", "--out", str(tmp_path)]
     assert scaling.main(words) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])

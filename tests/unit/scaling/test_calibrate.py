@@ -33,12 +33,11 @@ def model(settings: RunConfig) -> SlideModel:
 
 def test_a_call_is_timed_and_leaves_no_gradient() -> None:
     built = model(config())
-    call, busy, spread = module.measure_call(config(), built, CPU, 3, 2)
+    call, busy = module.measure_call(config(), built, CPU, 3, 2)
     assert call["tiles"] == 3
     assert call["forward_s"] > 0
     assert call["backward_s"] > 0
     assert 0.1 < busy < 64
-    assert spread >= 0
     assert all(parameter.grad is None for parameter in built.parameters())
 
 
@@ -69,7 +68,16 @@ def test_encoders_without_tiles_of_their_own_are_refused() -> None:
         module.measure_alone(dense, Ranks(Topology()), CPU, True)
 
 
-def test_what_was_measured_becomes_a_machine() -> None:
+def test_larger_calls_never_take_less() -> None:
+    sizes = [(1, 0.3, 0.1), (2, 0.2, 0.4), (4, 0.5, 0.3)]
+    calls = [{"tiles": tiles, "forward_s": forward, "backward_s": backward} for tiles, forward, backward in sizes]
+    found = [(call["forward_s"], call["backward_s"]) for call in module._growing(calls)]
+    assert found == [(0.2, 0.1), (0.2, 0.3), (0.5, 0.3)]
+
+
+@pytest.mark.parametrize("ranks", [2, 8])
+def test_what_was_measured_becomes_a_machine(monkeypatch: pytest.MonkeyPatch, ranks: int) -> None:
+    monkeypatch.setattr(module, "num_cores", lambda: 2)
     alone = {
         "name": "here",
         "device_bytes": 8e9,
@@ -87,17 +95,16 @@ def test_what_was_measured_becomes_a_machine() -> None:
         "fixed_s": 0.01,
     }
     together = {"sizes": [8, 10**6, 10**8], "seconds": [1e-4, 1.1e-3, 0.1001]}
-    machine = module._machine(config(), "cpu", 2, alone, together)
+    machine = module._machine(config(), "cpu", ranks, alone, together)
     assert machine.measured
-    assert machine.device_bytes == 4e9  # its share of main memory
+    assert machine.device_bytes == 8e9 / ranks  # its share of main memory
     assert find_speed(machine, config()) == machine.encoders[0]
     assert machine.links.between is None
     assert machine.largest is not None
-    assert (machine.largest.nodes, machine.largest.ranks, machine.largest.tiles) == (1, 2, 4)
-    spread = machine.model_copy(update={"cores_per_node": 2})  # however many cores there are here
+    assert (machine.largest.nodes, machine.largest.ranks, machine.largest.tiles) == (1, ranks, 4)
     for size, seconds in zip(together["sizes"], together["seconds"], strict=True):
-        call = Collective("all_reduce", "sum", int(size), 2, "gradients")
-        assert sum(collective_seconds(call, spread)) == pytest.approx(seconds, rel=0.05)
+        call = Collective("all_reduce", "sum", int(size), ranks, "gradients")
+        assert sum(collective_seconds(call, machine)) == pytest.approx(seconds, rel=0.05)
     alone_on_a_gpu = module._machine(config(), "cuda", 1, alone, None)
     assert alone_on_a_gpu.device_bytes == 8e9
     assert "assumed" in alone_on_a_gpu.links.source

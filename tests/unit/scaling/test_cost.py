@@ -43,14 +43,24 @@ def call(name: str, size: int, ranks: int) -> Collective:
 def test_a_line_goes_on_beyond_its_points() -> None:
     line = Line((2, 8), (0.4, 1.0))
     assert line.at(np.array([0, 1, 2, 5, 8, 18])) == pytest.approx([0.2, 0.3, 0.4, 0.7, 1.0, 2.0])
-    assert line.floor == pytest.approx(0.2)
     bent = Line((1, 2, 4), (1.0, 1.5, 4.0))
     assert bent.at(np.array([0, 3, 6])) == pytest.approx([0.5, 2.75, 6.5])
 
 
+def test_what_a_call_takes_whatever_its_size_is_where_its_line_begins() -> None:
+    assert Line((2, 8), (0.4, 1.0)).launch(np.array([1, 5, 20])) == pytest.approx([0.2, 0.2, 0.2])
+    # Flat, where launches take longer than the work; in proportion, where they are hidden behind it.
+    assert Line((1, 10, 20), (0.5, 0.5, 1.0)).launch(np.array([1, 10, 15, 30])) == pytest.approx([0.5, 0.5, 0, 0])
+
+
+def test_a_disturbed_measurement_does_not_make_large_calls_free() -> None:
+    assert Line((8, 16), (0.010, 0.009)).at(np.array([64, 256])) == pytest.approx([0.009, 0.009])
+
+
 def test_a_single_point_is_in_proportion_and_no_call_takes_less_than_nothing() -> None:
     assert Line((4,), (2.0,)).at(np.array([0, 1, 8])) == pytest.approx([0, 0.5, 4])
-    assert Line((2, 4), (0.1, 4.1)).floor == 0
+    assert Line((2, 4), (0.1, 4.1)).at(np.zeros(1)) == 0
+    assert Line((2, 4), (0.1, 4.1)).launch(np.array([3])) == 0
 
 
 @pytest.mark.parametrize("num_keep", [0, 1, 2, 3, 100])
@@ -59,18 +69,25 @@ def test_calls_of_a_rank_are_those_of_its_chunks(chunk: int, num_keep: int) -> N
     tiles = np.arange(30)
     found = rank_seconds(COST, tiles, chunk, num_keep)
     for number in tiles:
-        total, floor, kept = 0.0, 0.0, 0
+        total, launch, kept = 0.0, 0.0, 0
         ranges = chunk_ranges(max(1, int(number)), chunk)  # a rank without tiles encodes a blank one
         for place, (start, stop) in enumerate(ranges):
             forwards = 1 if place < num_keep else 2
             size = np.array([stop - start])
             total += forwards * COST.forward.at(size)[0] + COST.beyond.at(size)[0]
-            floor += forwards * COST.forward.floor + COST.beyond.floor
+            launch += forwards * 0.2 + 0.7  # where the lines begin
             kept += stop - start if place < num_keep else 0
         assert found.total[number] == pytest.approx(total)
-        assert found.floor[number] == pytest.approx(floor)
+        assert found.launch[number] == pytest.approx(launch)
         assert found.calls[number] == len(ranges)
         assert found.kept[number] == min(kept, number)
+
+
+def test_a_compiled_encoder_fills_its_last_call_up() -> None:
+    free = EncoderCost(Line((1,), (1.0,)), Line((1,), (2.0,)), 0.0, None, "")
+    found = rank_seconds(free, np.array([10, 12, 1]), 4, 100, is_padded=True)
+    assert found.total == pytest.approx([36, 36, 12])
+    assert found.kept.tolist() == [10, 12, 1]
 
 
 def test_dense_encoders_compute_more_pixels() -> None:
@@ -161,13 +178,15 @@ def test_an_encoder_that_was_not_measured_is_put_under_the_roof() -> None:
     assert roof is not None
     forward, backward = count_flops(model, 32)
     rate = roof.efficiency["other"] * roof.flops_s["bfloat16"]
-    assert cost.forward.at(np.array([1000]))[0] == pytest.approx(roof.launch_s + 1000 * forward / rate)
-    assert cost.beyond.at(np.array([1000]))[0] == pytest.approx(2 * roof.launch_s + 1000 * backward / rate)
+    # Kernels are launched while earlier ones run, so what takes longer counts: launches of 100 tiles, work of a million.
+    sizes = np.array([100, 10**6])
+    assert cost.forward.at(sizes) == pytest.approx([roof.launch_s, 10**6 * forward / rate])
+    assert cost.beyond.at(sizes) == pytest.approx([2 * roof.launch_s, 10**6 * backward / rate])
     again = config.model_copy(
         update={"execution": config.execution.model_copy(update={"activation_checkpointing": "blocks"})}
     )
-    extra = encoder_cost(again, model, there).beyond.at(np.array([1000]))[0] - cost.beyond.at(np.array([1000]))[0]
-    assert extra == pytest.approx(cost.forward.at(np.array([1000]))[0])
+    extra = encoder_cost(again, model, there).beyond.at(sizes) - cost.beyond.at(sizes)
+    assert extra == pytest.approx(cost.forward.at(sizes))
 
 
 def test_without_a_measurement_and_a_roof_it_is_refused() -> None:

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from gigamil.partition.schedule import epoch_order, plan_steps
 from gigamil.scaling.traffic import Collective, step_collectives
 from gigamil.testing.ranks import run_on_ranks
 from gigamil.testing.runs import tiny_run
-from gigamil.testing.traffic import Call, count_traffic
+from gigamil.testing.traffic import Call, calls_of_steps, count_traffic
 from gigamil.train.engine import make_ranks, skip_kernel_build
 from gigamil.train.loop import Trainer
 from gigamil.train.plan import build_planned_model
@@ -68,15 +67,7 @@ def count(rank: int, configs: list[RunConfig]) -> list[list[Call]]:
     with count_traffic() as calls:
         for config in configs:
             trainer = Trainer(config, make_ranks(detect_topology(config.execution.group_size)), torch.device("cpu"))
-            train_step, steps = trainer._train_step, list[list[Call]]()
-
-            def counted(*words: Any, train_step: Any = train_step, steps: list[list[Call]] = steps) -> Any:
-                first = len(calls)
-                result = train_step(*words)
-                steps.append(calls[first:])
-                return result
-
-            trainer._train_step = counted  # type: ignore[method-assign]
+            steps = calls_of_steps(trainer, calls)
             trainer.fit()
             found.append(steps[0])
     return found
