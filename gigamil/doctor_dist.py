@@ -26,6 +26,7 @@ import torch.distributed as dist
 from gigamil.config.schema import Execution
 from gigamil.doctor import Check, DoctorReport
 from gigamil.errors import ConfigError, EnvironmentFault, GigamilError
+from gigamil.files import appears
 from gigamil.parallel.meeting import Meeting, meet
 from gigamil.parallel.speed import AllReduceSpeed, measure_all_reduce
 from gigamil.parallel.topology import Topology, detect_topology, export_topology, has_launcher, meeting_point
@@ -37,7 +38,6 @@ MEET_S = 25.0  # longest wait for the last rank, and for what another one says: 
 COLLECTIVE_S = 20.0
 CLOCK_WARN_S = 1.0
 _CLOCK_ROUNDS = 3
-_SLOW_FOLDER_S = 5.0
 _MAX_LISTED = 8
 MIB = 2**20
 
@@ -74,7 +74,7 @@ def run_doctor_dist(out: Path | None = None, num_ranks: int | None = None) -> in
 
     Args:
         out: folder that runs will be written to; it need not exist. Default: the working directory.
-        num_ranks: of this machine, without a launcher; default 2.
+        num_ranks: of this machine, without a launcher; default its GPUs, or 2.
     Returns:
         Exit code of this process.
     Raises:
@@ -88,7 +88,7 @@ def run_doctor_dist(out: Path | None = None, num_ranks: int | None = None) -> in
                 "--ranks is for one machine without a launcher; this one has started its ranks: leave it out"
             )
         return main(words)
-    execution = Execution(ranks=2 if num_ranks is None else num_ranks)
+    execution = Execution(ranks=num_ranks or torch.cuda.device_count() or 2)
     launch_ranks("gigamil.doctor_dist", words, execution, logs=None, continues="from the start")
     return 0
 
@@ -434,7 +434,7 @@ def _check_folder(meeting: Meeting, topology: Topology, out: Path, firsts: Seque
             error = _try_to(partial(_join, folder, own, meeting.host))
         sees = meeting.exchange("sees", error)
         written = [rank for rank in firsts if meeting.is_first and not sees[rank]]
-        seen = meeting.exchange("seen", [rank for rank in written if _appears(folder / str(rank))])[0]
+        seen = meeting.exchange("seen", [rank for rank in written if appears(folder / str(rank))])[0]
     finally:
         if made:
             _clear(folder, made, firsts)
@@ -451,17 +451,9 @@ def _make(folder: Path, made: list[Path]) -> None:
 
 
 def _join(folder: Path, own: Path, host: str) -> None:
-    _appears(folder / "first")
+    appears(folder / "first")
     (folder / "first").read_text()
     own.write_text(f"{host}\n")
-
-
-def _appears(path: Path) -> bool:
-    """Whether a file is there, or comes: a network file system may show it late."""
-    deadline = time.monotonic() + _SLOW_FOLDER_S
-    while not (found := path.is_file()) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    return found
 
 
 def _clear(folder: Path, made: Sequence[Path], ranks: Sequence[int]) -> None:

@@ -5,10 +5,13 @@ import json
 import os
 import socket
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
 from gigamil.errors import CohortError
+
+SLOW_FOLDER_S = 10.0
 
 
 def replace_file(path: Path, content: str | bytes) -> None:
@@ -29,6 +32,14 @@ def fsync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def appears(path: Path) -> bool:
+    """Whether a file is there, or comes within `SLOW_FOLDER_S`: a network file system may show it late."""
+    deadline = time.monotonic() + SLOW_FOLDER_S
+    while not (found := path.is_file()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return found
 
 
 def file_sha256(path: Path) -> str:

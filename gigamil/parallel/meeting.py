@@ -11,16 +11,18 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+import uuid
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
 import psutil
 import torch.distributed as dist
 
-from gigamil.errors import EnvironmentFault
+from gigamil.errors import EnvironmentFault, GigamilError, Interrupted
 from gigamil.parallel.topology import MeetingPoint, Topology, meeting_point
 
 _log = logging.getLogger("gigamil")
@@ -28,6 +30,7 @@ BEAT_S = 1.0
 # DeepSpeed's launcher kills what is left of a machine 30 s after a rank of it has ended: all have to be gone by then.
 PATIENCE_S = 17.0
 _HURT_PATIENCE_S = 5.0  # where a collective has failed already, somebody is lost, and it is only asked who
+_ARRIVAL = "0/arrival"
 _GRACE_S = 3.0  # in which others read what rank 0 has found, before the store goes with it
 _ANSWER_S = 15.0  # a store that listens answers at once; another program, to which one can connect, never
 _OWN_GAP_S = 5.0  # this process itself did not run for so long: what it knows of the others is old
@@ -56,6 +59,7 @@ class Meeting:
         members: by rank.
         place: where the store is; None in one process.
         timeout_s: longest wait for what another rank says.
+        is_asked: whether a signal asked to stop.
     Attributes:
         store: for the process groups, too.
         hosts: name of each rank's machine, by rank.
@@ -68,6 +72,7 @@ class Meeting:
         members: Sequence[Member],
         place: MeetingPoint | None,
         timeout_s: float,
+        is_asked: Callable[[], bool] = lambda: False,
     ) -> None:
         self.store = store
         self.hosts = tuple(member.host for member in members)
@@ -75,6 +80,7 @@ class Meeting:
         self._members = tuple(members)
         self._place = place
         self._timeout_s = timeout_s
+        self._is_asked = is_asked
         self._pulse: Pulse | None = None
         self._num_exchanges = 0
 
@@ -100,11 +106,12 @@ class Meeting:
             value: of this rank; anything that JSON can hold.
         Raises:
             EnvironmentFault: a rank did not say anything in time; names it and its host, on all that did.
+            Interrupted: a signal asked this rank to stop.
         Cost: one message from each rank, and one of P values to each.
         """
         self._num_exchanges += 1
         key = f"{self._num_exchanges}/{name}"
-        return _exchange(self.store, self._topology, key, value, self._timeout_s, self._missing)
+        return _exchange(self.store, self._topology, key, value, self._timeout_s, self._missing, self._is_asked)
 
     def watch(
         self, on_lost: Callable[[str, bool], None], *, patience_s: float = PATIENCE_S, beat_s: float = BEAT_S
@@ -123,6 +130,11 @@ class Meeting:
         store = _connect(self._place, self._topology, self._timeout_s, is_server=False)
         self._pulse = Pulse(self._topology, self._members, store, on_lost, patience_s, beat_s)
         self._pulse.start()
+
+    def settle(self) -> None:
+        """All ranks have agreed to end: from now on nobody who leaves is lost, however long another one still takes."""
+        if self._pulse is not None:
+            self._pulse.settle()
 
     def await_verdict(self) -> None:
         """Give the watch time to find out who is lost, after a collective has failed. Returns if nobody is."""
@@ -143,13 +155,15 @@ class Meeting:
         return ", ".join(map(self.name, ranks[:8]))
 
 
-def meet(topology: Topology, timeout_s: float) -> Meeting:
+def meet(topology: Topology, timeout_s: float, is_asked: Callable[[], bool] = lambda: False) -> Meeting:
     """Wait until every rank has come; rank variables are exported (`export_topology`).
 
     Args:
         timeout_s: longest wait for the last rank.
+        is_asked: whether a signal asked to stop.
     Raises:
         EnvironmentFault: the port is taken, nobody listens there, or ranks did not come; says how many, and from where.
+        Interrupted: a signal asked this rank to stop.
     """
     own = Member(socket.gethostname(), os.getpid(), psutil.Process().create_time())
     if topology.world_size == 1:
@@ -157,14 +171,54 @@ def meet(topology: Topology, timeout_s: float) -> Meeting:
     place = meeting_point()
     is_server = topology.rank == 0 and not place.is_kept_by_launcher
     store = _connect(place, topology, timeout_s, is_server=is_server)
-    if store.add(f"arrived/{topology.rank}", 1) > 1:
+    if place.is_kept_by_launcher:
+        round_name = _find_round(store, topology, own, timeout_s, is_asked)
+        place, store = replace(place, name=f"{place.name}/{round_name}"), dist.PrefixStore(round_name, store)
+    elif store.add(f"arrived/{topology.rank}", 1) > 1:
         raise EnvironmentFault(
             f"rank {topology.rank} on host '{own.host}' met another rank {topology.rank} at {place.address}:{place.port}. Do two "
             "jobs use this port? Choose another MASTER_PORT for one of them."
         )
     store.set(f"pulse/{topology.rank}", "0")  # of everyone there is a word when the first begins to look
-    told = _exchange(store, topology, "0/arrival", vars(own), timeout_s, _by_number)
-    return Meeting(topology, store, [Member(**facts) for facts in told], place, timeout_s)
+    told = _exchange(store, topology, _ARRIVAL, vars(own), timeout_s, _by_number, is_asked)
+    return Meeting(topology, store, [Member(**facts) for facts in told], place, timeout_s, is_asked)
+
+
+def _find_round(
+    store: dist.Store, topology: Topology, own: Member, timeout_s: float, is_asked: Callable[[], bool]
+) -> str:
+    """Name of this start of the ranks, in a store that stays when torchrun starts them again.
+
+    torchrun tells no number of it that all machines share (it does not count restarts because of machines that come or go).
+    So rank 0 names it; another rank may find the name of the start before, and waits until it reads of itself.
+    """
+    if topology.rank == 0:
+        round_name = uuid.uuid4().hex
+        store.set("round", round_name)
+        return round_name
+    seen, deadline = "", time.monotonic() + timeout_s + _GRACE_S
+    with _lost_with_rank_0():
+        while time.monotonic() < deadline:
+            _refuse_if_asked(is_asked)
+            round_name = store.get("round").decode() if store.check(["round"]) else ""
+            inside = dist.PrefixStore(round_name, store)
+            if round_name != seen:
+                inside.set(f"{_ARRIVAL}/{topology.rank}", json.dumps(vars(own)))
+                seen = round_name
+            if round_name and inside.check([f"{_ARRIVAL}/all"]):
+                come = json.loads(inside.get(f"{_ARRIVAL}/all"))["values"]
+                if come[topology.rank : topology.rank + 1] == [vars(own)]:  # there may have been fewer
+                    return round_name
+            time.sleep(0.1)
+    raise EnvironmentFault(
+        f"rank 0 did not come within {timeout_s:g} s, or not all ranks did: this is rank {topology.rank} of "
+        f"{topology.world_size} on host '{own.host}'. Was the job started on every machine, with the same number of ranks?"
+    )
+
+
+def _refuse_if_asked(is_asked: Callable[[], bool]) -> None:
+    if is_asked():
+        raise Interrupted("interrupted while waiting for the other ranks; the same command continues")
 
 
 def _connect(place: MeetingPoint, topology: Topology, timeout_s: float, *, is_server: bool) -> dist.Store:
@@ -231,12 +285,13 @@ def _exchange(
     value: Any,
     timeout_s: float,
     describe: Callable[[Sequence[int]], str],
+    is_asked: Callable[[], bool],
 ) -> list[Any]:
     store.set(f"{key}/{topology.rank}", json.dumps(value))
     come: list[int] = []
     if topology.rank == 0:
-        come = _gather(store, topology.world_size, key, timeout_s, describe)
-    told = _await(store, f"{key}/all", timeout_s + _GRACE_S)
+        come = _gather(store, topology.world_size, key, timeout_s, describe, is_asked)
+    told = _await(store, key, timeout_s + _GRACE_S, is_asked)
     if "fault" in told:
         # The store goes with rank 0, so the others read first; but rank 0 has the word, and some launchers end it as soon
         # as another rank has ended.
@@ -253,11 +308,17 @@ def _exchange(
 
 
 def _gather(
-    store: dist.Store, num_ranks: int, key: str, timeout_s: float, describe: Callable[[Sequence[int]], str]
+    store: dist.Store,
+    num_ranks: int,
+    key: str,
+    timeout_s: float,
+    describe: Callable[[Sequence[int]], str],
+    is_asked: Callable[[], bool],
 ) -> list[int]:
     """Rank 0 collects what all say and puts it where all look, or puts there who is missing; returns who has come."""
     missing, start, told_at, pause = list(range(num_ranks)), time.monotonic(), 10.0, 0.01
     while missing := [rank for rank in missing if not store.check([f"{key}/{rank}"])]:
+        _refuse_if_asked(is_asked)
         waited = time.monotonic() - start
         if waited > timeout_s:
             come = [rank for rank in range(num_ranks) if rank not in missing]
@@ -267,7 +328,8 @@ def _gather(
                 f"{len(come)} of {num_ranks} ranks came within {timeout_s:g} s{from_hosts}, without {describe(missing)}. Was the "
                 "job started on every machine, with the same MASTER_ADDR, MASTER_PORT and number of ranks?"
             )
-            store.set(f"{key}/all", json.dumps({"fault": fault}))
+            values = [json.loads(store.get(f"{key}/{rank}")) if rank in come else None for rank in range(num_ranks)]
+            store.set(f"{key}/all", json.dumps({"fault": fault, "values": values}))
             return come
         if waited > told_at:
             _log.warning("waiting for %s", describe(missing))
@@ -291,21 +353,33 @@ def _host_of(store: dist.Store, key: str, rank: int) -> str | None:
     return said.get("host") if isinstance(said, dict) else None
 
 
-def _await(store: dist.Store, key: str, longest_s: float) -> dict[str, Any]:
+def _await(store: dist.Store, key: str, longest_s: float, is_asked: Callable[[], bool]) -> dict[str, Any]:
     """Look until it is there. Not `store.wait`: no signal would be noticed in it."""
-    deadline, pause = time.monotonic() + longest_s, 0.01
-    try:
-        while not store.check([key]):
+    deadline, pause, has_begun = time.monotonic() + longest_s, 0.01, False
+    with _lost_with_rank_0():
+        while not store.check([f"{key}/all"]):
+            _refuse_if_asked(is_asked)
+            if not has_begun and store.check([f"{key}/0"]):  # from now on rank 0 waits for all, as long as this one may
+                deadline, has_begun = time.monotonic() + longest_s, True
             if time.monotonic() > deadline:
                 raise TimeoutError(f"rank 0 said nothing within {longest_s:g} s")
             time.sleep(pause)
             pause = min(2 * pause, 0.25)
-        told: dict[str, Any] = json.loads(store.get(key))
-    except (RuntimeError, OSError) as error:  # the store is gone with rank 0, or with the launcher
+        told: dict[str, Any] = json.loads(store.get(f"{key}/all"))
+    return told
+
+
+@contextmanager
+def _lost_with_rank_0() -> Iterator[None]:
+    """The store is gone with rank 0, or with the launcher."""
+    try:
+        yield
+    except GigamilError:
+        raise
+    except (RuntimeError, OSError) as error:
         raise EnvironmentFault(
             f"rank 0 was lost while this rank waited for it: {error}. Its own message says why."
         ) from error
-    return told
 
 
 def _by_number(ranks: Sequence[int]) -> str:
@@ -356,6 +430,10 @@ class Pulse:
         self._said.wait(_GRACE_S)
         self._decided.set()
 
+    def settle(self) -> None:
+        """Verdicts are passed over from now on; this rank still says that it is well."""
+        self._is_leaving = True
+
     def await_verdict(self) -> None:
         """A collective has failed here: wait until it is known who is lost; at most the patience."""
         self._is_hurt = True
@@ -377,6 +455,8 @@ class Pulse:
                 if self._answered != -math.inf:
                     self._answered = time.monotonic()
             except (RuntimeError, OSError):  # the connection is closed: the store is gone
+                if self._heard[0][0] == b"done":  # rank 0 has taken it along at the end
+                    self._is_leaving = True
                 self._answered = -math.inf
                 self._said.set()
                 return
@@ -456,6 +536,8 @@ class Pulse:
             if self._verdict is not None:
                 if self._rank == 0:
                     time.sleep(min(_GRACE_S, 2.5 * self._beat_s))  # the others read it before the store goes
+                if self._is_leaving:
+                    continue
                 self._end_frozen()
                 self._on_lost(self._verdict, self._is_first_lost)
                 self._decided.set()

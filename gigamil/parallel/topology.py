@@ -111,7 +111,7 @@ class MeetingPoint:
     Attributes:
         address, port: of the store.
         is_kept_by_launcher: torchrun's agent keeps the store; else rank 0 does.
-        name: of this start of this job, so that two that meet at one store do not take each other's words.
+        name: of the job, so that two that meet at one store do not take each other's words.
     """
 
     address: str
@@ -123,9 +123,7 @@ class MeetingPoint:
 def meeting_point(env: Mapping[str, str] = os.environ) -> MeetingPoint:
     """Read where ranks meet; after `export_topology`."""
     is_kept = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    # Only ranks of one agent's store count its restarts alike (pytorch#135712).
-    attempt = env.get("TORCHELASTIC_RESTART_COUNT", "0") if is_kept else "0"
-    name = f"gigamil/{launcher_job(env) or 'run'}/{attempt}"
+    name = f"gigamil/{launcher_job(env) or 'run'}"
     return MeetingPoint(env["MASTER_ADDR"], _integer(env, "MASTER_PORT"), is_kept, name)
 
 

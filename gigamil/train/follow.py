@@ -69,7 +69,7 @@ def _name(line: Mapping[str, Any], key: str) -> str | None:
             return ("perf/" if key in _PERFORMANCE else "train/") + key
         case "epoch":
             return f"val/{key.removeprefix('val_')}"
-        case "ranks" if key != "steps":
+        case "ranks":
             return f"perf/{key}"
         case "system":
             return f"system/{line.get('host')}/{key}"

@@ -6,23 +6,20 @@ exchange of a few bytes per rank (`gigamil.parallel.meeting`); what differs is f
 
 import hashlib
 import json
-import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 
 import gigamil
 from gigamil.config.schema import RunConfig
 from gigamil.errors import ConfigError, EnvironmentFault, GigamilError, ShardError
+from gigamil.files import SLOW_FOLDER_S, appears
 from gigamil.parallel.meeting import Meeting
 from gigamil.parallel.topology import Topology
-from gigamil.train.records import versions
-
-_SLOW_FOLDER_S = 10.0  # a network file system may show a new file late
+from gigamil.train.records import flat, versions
 
 
 def common_facts(config: RunConfig, device: torch.device, topology: Topology) -> dict[str, str]:
@@ -32,9 +29,7 @@ def common_facts(config: RunConfig, device: torch.device, topology: Topology) ->
     facts["kind of device"] = device.type
     facts["world size"] = str(topology.world_size)
     facts["group size"] = str(topology.group_size)
-    for key, value in _leaves(config.model_dump(mode="json")):
-        facts[key] = json.dumps(value)
-    return facts
+    return facts | {key: json.dumps(value) for key, value in flat(config.model_dump(mode="json")).items()}
 
 
 def refuse_unlike_ranks(meeting: Meeting, facts: Mapping[str, str] | None, error: Exception | None = None) -> None:
@@ -103,7 +98,7 @@ def refuse_own_folders(meeting: Meeting, out: Path) -> None:
     try:
         _raise_same(meeting, error)
         name = meeting.exchange("shared folder", name)[0]
-        sees = meeting.exchange("what is seen", _appears(out / name))
+        sees = meeting.exchange("what is seen", appears(out / name))
     finally:
         if meeting.is_first:
             (out / name).unlink(missing_ok=True)
@@ -112,7 +107,7 @@ def refuse_own_folders(meeting: Meeting, out: Path) -> None:
         raise _agreed(
             EnvironmentFault(
                 f"the run folder '{out}' is not shared: rank 0 on host '{meeting.hosts[0]}' wrote a file there that host"
-                f"{'s' * (len(blind) > 1)} {', '.join(map(repr, blind[:8]))} did not see within {_SLOW_FOLDER_S:g} s. Set bookkeeping.out to a "
+                f"{'s' * (len(blind) > 1)} {', '.join(map(repr, blind[:8]))} did not see within {SLOW_FOLDER_S:g} s. Set bookkeeping.out to a "
                 "folder on storage that all hosts share, under the same path."
             )
         )
@@ -149,7 +144,12 @@ def _raise_same(meeting: Meeting, error: Exception | None) -> None:
         code = getattr(error, "exit_code", EnvironmentFault.exit_code)
         words = str(error) if isinstance(error, GigamilError) else f"{type(error).__name__}: {error}"
         own = [words, code]
-    told = meeting.exchange("errors", own)
+    try:
+        told = meeting.exchange("errors", own)
+    except GigamilError:
+        if error is None:
+            raise
+        raise error from None  # what this rank met comes first
     first = next((rank for rank, what in enumerate(told) if what is not None), None)
     if first is None:
         return
@@ -180,20 +180,3 @@ def _unlike(everyone: list[dict[str, str]], hosts: tuple[str, ...]) -> list[tupl
         first, second = f"host '{hosts[0]}' (rank 0)", f"host '{hosts[other]}' (rank {other})"
         found.append((name, f"{name} is {values[0]} on {first} and {values[other]} on {second}"))
     return found
-
-
-def _leaves(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in data.items():
-        if isinstance(value, Mapping) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
-
-
-def _appears(path: Path) -> bool:
-    deadline = time.monotonic() + _SLOW_FOLDER_S
-    while not path.exists():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.1)
-    return True

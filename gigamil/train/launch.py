@@ -48,12 +48,14 @@ class Outcome:
         message: of the error; empty if there was none.
         expected: the error is one of gigamil's own, so it needs no traceback.
         time: seconds since 1970; of several errors the first is the cause.
+        is_loss: it ends because another rank was lost, so that one's own word is the cause, if there is one.
     """
 
     exit_code: int
     message: str
     expected: bool
     time: float
+    is_loss: bool = False
 
 
 class RanksFailed(GigamilError, RuntimeError):
@@ -130,7 +132,7 @@ def report_outcome(rank: int) -> Iterator[None]:
 def report_loss(rank: int, message: str) -> None:
     """In a rank that is about to end because another one was lost: tell the process that called `launch_ranks`."""
     if has_parent():
-        _write_outcome(rank, Outcome(TrainingError.exit_code, message, True, time.time()))
+        _write_outcome(rank, Outcome(TrainingError.exit_code, message, True, time.time(), is_loss=True))
 
 
 def is_consequence(error: Exception) -> bool:
@@ -195,8 +197,8 @@ def _raise_first_error(
     known = {rank: outcome for rank, outcome in failed.items() if outcome.expected}
     causes = {rank: outcome for rank, outcome in failed.items() if not any(w in outcome.message for w in _CONSEQUENCES)}
     if known or causes or (failed and not silent):
-        # The first is the cause: what the others say, that a rank was lost, comes later.
-        rank, outcome = min((known | causes or failed).items(), key=lambda item: item[1].time)
+        # The first is the cause. That a rank was lost is what the others say.
+        rank, outcome = min((known | causes or failed).items(), key=lambda item: (item[1].is_loss, item[1].time))
         where = "above" if logs is None else f"in '{logs / f'rank{rank}.log'}'"
         hint = "" if outcome.expected else f" (rank {rank}; traceback {where})"
         raise RanksFailed(outcome.message + hint, outcome.exit_code)

@@ -18,7 +18,7 @@ from gigamil.config.schema import RunConfig
 from gigamil.data.augment import augment_block, augment_tiles, draw_turn
 from gigamil.data.blocks import SlideGrid
 from gigamil.data.pipeline import DrawKeys, StepLoader, StepTiles
-from gigamil.errors import Interrupted, TrainingError
+from gigamil.errors import GigamilError, Interrupted, TrainingError
 from gigamil.keyed import text_key
 from gigamil.memory.budget import chunks_to_keep, memory_budget
 from gigamil.metrics import auc
@@ -119,6 +119,7 @@ class Trainer:
         generation = first_rank_says(ranks, self._store.find())  # a shared folder may look older to some ranks
         with all_or_none(ranks, device):
             model, state = self._load(generation)
+        self._meeting = meeting
         if meeting is not None:
             refuse_unlike_data(meeting, self._identity["data_sha256"])
         settings = deepspeed_config(config)
@@ -159,11 +160,21 @@ class Trainer:
             every_s = self.config.bookkeeping.system_metrics_s
             if every_s is not None and self._ranks.topology.local_rank == 0:
                 stack.enter_context(sample_system(self.out / "logs", every_s, self._device))
-            with self._noted(final):
+            with self._noted(final), self._settled():
                 while self.progress.epoch < self.config.science.epochs and not self._is_early_stop():
                     self._train_epoch()
                     self._finish_epoch()
         return self.progress
+
+    @contextmanager
+    def _settled(self) -> Iterator[None]:
+        """What all ranks end with together: rank 0 may need a minute for MLflow, and is not to take the others for lost."""
+        try:
+            yield
+        except GigamilError as error:
+            if error.is_agreed and self._meeting is not None:
+                self._meeting.settle()
+            raise
 
     def _load(self, generation: Path | None) -> tuple[SlideModel, TrainingState | None]:
         """Everything that a rank reads by itself: data, model, checkpoint. No collective in here."""
@@ -303,7 +314,11 @@ class Trainer:
             newest = self._span_shares.newest
             self._recorder.ranks(self.progress.step, self.progress.epoch + 1, times, self._ranks.hosts, newest)
             for straggler in self._watch.look(times):
-                _log.warning("%s", straggler.words(self._ranks.name(straggler.rank)))
+                _log.warning("%s", straggler.words(self._ranks.name(straggler.rank), self._can_balance()))
+
+    def _can_balance(self) -> bool:
+        execution = self.config.execution
+        return execution.balance == "even" and execution.halo != "exchange" and self._ranks.topology.group_size > 1
 
     def _train_step(self, plan: StepPlan, tiles: StepTiles, train_encoder: bool) -> tuple[StepResult, list[float]]:
         # Layers of others draw from torch's own generator: seeded by the step, it needs no place in a checkpoint.

@@ -18,7 +18,7 @@ from gigamil.config.schema import RunConfig
 from gigamil.errors import Interrupted
 from gigamil.files import replace_file
 from gigamil.train.follow import METRICS, RECORD, cut_sent
-from gigamil.train.records import MetricsLog, RunRecord
+from gigamil.train.records import MetricsLog, RunRecord, flat
 from gigamil.train.stragglers import RankTimes
 from gigamil.train.tracking import Tracker
 
@@ -173,16 +173,6 @@ def describe_run(config: Mapping[str, Any], facts: Mapping[str, Any]) -> tuple[d
         config: the resolved configuration as plain data.
         facts: of run.json; how the run stands is left out.
     """
-    params = _flat({"science": config["science"], "slides": config["slides"]})
+    params = flat({"science": config["science"], "slides": config["slides"]})
     left_out = {"status", "error", "updated", "mlflow_run"}
-    return params, _flat({key: value for key, value in facts.items() if key not in left_out})
-
-
-def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in data.items():
-        if isinstance(value, dict) and value:
-            found |= _flat(value, f"{prefix}{key}.")
-        else:
-            found[prefix + key] = value
-    return found
+    return params, flat({key: value for key, value in facts.items() if key not in left_out})

@@ -156,7 +156,8 @@ class RankMeter:
             data_s: that it has waited for tiles.
             data_inside_s: what of that was while the clock ran.
         """
-        own_s = self.clock.take(data_inside_s)
+        # A GPU that waits for tiles within the work is in both.
+        own_s = min(self.clock.take(data_inside_s), max(0.0, step_s - data_s))
         self._sums += torch.tensor([1.0, tiles, step_s, data_s, own_s], dtype=torch.float64)
 
     def gather(self) -> RankTimes:
@@ -188,11 +189,12 @@ class Straggler(NamedTuple):
     data_s: float
     others_s: float
 
-    def words(self, name: str) -> str:
+    def words(self, name: str, can_balance: bool) -> str:
         """For the log: what is wrong, where, what to look at.
 
         Args:
             name: of the rank, with its host (`Ranks.name`).
+            can_balance: it could be given fewer tiles, and is not.
         """
         waits = self.data_s > 0.5 * (self.tile_s - self.others_s)
         cure = (
@@ -205,8 +207,11 @@ class Straggler(NamedTuple):
         return (
             f"{name} takes {self.times:.1f} times as long per tile as the others: "
             f"{1e3 * self.tile_s:.3g} ms, of which {1e3 * self.data_s:.3g} ms waiting for it, against "
-            f"{1e3 * self.others_s:.3g} ms. All ranks wait for it in every step; {cure}. If it has to stay so, "
-            "execution.balance: speed gives it fewer tiles."
+            f"{1e3 * self.others_s:.3g} ms; {cure}."
+            + (
+                " All ranks wait for it: if it has to stay so, execution.balance: speed gives it fewer tiles."
+                * can_balance
+            )
         )
 
 

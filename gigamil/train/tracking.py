@@ -369,7 +369,8 @@ def tracking_uri(out: Path) -> str:
 def masked(text: object) -> str:
     """The first line of an address or a message, without the user name and password of an address in it."""
     lines = str(text).strip().splitlines() or [type(text).__name__]
-    return re.sub(r"://[^/\s]*@", "://***@", lines[0])[:300]
+    line = re.sub(r"(?<!sqlite)://[^\s?#]*@", "://***@", lines[0])  # a password may hold slashes
+    return re.sub(r"(?i)\b(user|password|passwd|pwd|token|secret)=[^&\s]+", r"\1=***", line)[:300]
 
 
 def sync_command(out: Path, place: str) -> str:

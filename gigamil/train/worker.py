@@ -4,6 +4,7 @@ import argparse
 import logging
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -77,13 +78,15 @@ def run_rank(config: RunConfig, plugins: Sequence[str] = (), stop: StopSignals |
     topology = detect_topology()
     export_topology(topology)
     out, timeout_s = config.bookkeeping.out, config.execution.timeout_s
-    meeting = meet(topology, timeout_s)
+    meeting = meet(topology, timeout_s, (lambda: stop.asked) if stop is not None else (lambda: False))
+    holds_folder = threading.Event()
     with ExitStack() as stack:
-        stack.enter_context(_watched(meeting, topology, out))
+        stack.enter_context(_watched(meeting, topology, out, holds_folder))
         with told_to_all(meeting):
             topology = detect_topology(config.execution.group_size)
             if topology.rank == 0:
                 _patient_lock(stack, out)
+                holds_folder.set()
             stack.enter_context(_own_log(out / "logs", topology))
             device = choose_device(config.execution.device, topology)
             torch.set_num_threads(config.execution.threads or int(os.environ.get("OMP_NUM_THREADS", "1")))
@@ -100,17 +103,21 @@ def _tell_others(topology: Topology, error: GigamilError) -> None:
     """This rank cannot even read its configuration: the others may have read theirs, and wait."""
     if topology.world_size == 1:
         return
-    export_topology(topology)
     try:
+        export_topology(topology)
         meeting = meet(topology, _PATIENCE_S)
-    except EnvironmentFault:  # nobody came: what is to be told is the first error
+    except GigamilError:  # nobody came: what is to be told is the first error
         return
-    with told_to_all(meeting):
-        raise error
+    try:
+        with told_to_all(meeting):
+            raise error
+    finally:
+        if meeting.is_first:
+            time.sleep(1.0)  # the store goes with this rank, and the others look a few times a second
 
 
 @contextmanager
-def _watched(meeting: Meeting, topology: Topology, out: Path) -> Iterator[None]:
+def _watched(meeting: Meeting, topology: Topology, out: Path, holds_folder: threading.Event) -> Iterator[None]:
     """Ranks watch each other inside; if one is lost, this one ends, whatever it waits in."""
 
     def end(what: str, is_first_lost: bool) -> None:
@@ -119,9 +126,9 @@ def _watched(meeting: Meeting, topology: Topology, out: Path) -> Iterator[None]:
         if is_first_lost and topology.local_rank == 0 and not has_parent():
             os.write(_TERMINAL, f"gigamil: rank {topology.rank}: {message}\n".encode())
         try:
-            if topology.rank == 0:
-                RunRecord(out / "run.json").update(status="failed", error=message)
             report_loss(topology.rank, message)
+            if holds_folder.is_set():  # else run.json may be that of another run
+                RunRecord(out / "run.json").update(status="failed", error=message)
         finally:
             os._exit(TrainingError.exit_code)  # the main thread may be in a collective that never ends
 

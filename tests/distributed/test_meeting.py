@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
-from gigamil.errors import ConfigError, EnvironmentFault, GigamilError
+from gigamil.errors import ConfigError, EnvironmentFault, GigamilError, Interrupted
 from gigamil.train.launch import free_port
 
 PATIENCE_S, BEAT_S = 3.0, 0.25
@@ -132,6 +133,34 @@ def test_two_jobs_at_one_port_are_refused() -> None:
     assert (name, code) == ("EnvironmentFault", 4)
     assert "rank 1 on host 'host0' met another rank 1 at 127.0.0.1:" in message
     assert "Choose another MASTER_PORT for one of them" in message
+
+
+def test_a_signal_ends_the_wait_for_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    from gigamil.parallel.meeting import meet
+    from gigamil.parallel.topology import Topology
+
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    with pytest.raises(Interrupted, match="the same command continues"):
+        meet(Topology(2, 0, 0, 1, 2), 60.0, lambda: True)
+
+
+def _meeting_again(rank: int, num_ranks: int, pipe: Connection, port: int, late_s: float) -> None:
+    os.environ |= {"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    if rank == 0:
+        time.sleep(late_s)  # the others find the name of the start before
+    meeting = _meet(rank, num_ranks)
+    meeting.watch(lambda *what: pipe.send(what), beat_s=BEAT_S)
+    pipe.send(meeting.exchange("processes", os.getpid()))
+    meeting.leave()
+
+
+def test_torchruns_store_serves_every_start() -> None:
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for late_s, num_ranks in ((0.0, 2), (1.0, 2), (0.5, 3)):
+        with _started(_meeting_again, num_ranks, store.port, late_s) as (processes, pipes):
+            pids = [process.pid for process in processes]
+            assert [_received(pipe) for pipe in pipes] == [pids] * num_ranks
 
 
 def _comparing(rank: int, num_ranks: int, pipe: Connection, facts: list[dict[str, str]]) -> None:
@@ -259,6 +288,34 @@ def test_a_rank_that_leaves_with_an_error_is_quoted() -> None:
     with _started(_watching, 3, "ValueError: a tile of no size") as (_, pipes):
         told = [_received(pipe) for pipe in pipes] and [_received(pipes[rank], PATIENCE_S + 8) for rank in (0, 2)]
     assert set(told) == {("rank 1 on host 'host0' ended: ValueError: a tile of no size", False)}
+
+
+def _ending(rank: int, num_ranks: int, pipe: Connection) -> None:
+    meeting = _meet(rank, num_ranks)
+    meeting.watch(lambda *what: pipe.send(what), patience_s=PATIENCE_S, beat_s=BEAT_S)
+    meeting.exchange("all are here", None)
+    meeting.settle()
+    if rank == 0:
+        time.sleep(PATIENCE_S + 5)  # MLflow is slow
+    meeting.leave("stopped by a signal")
+    pipe.send("left")
+
+
+@pytest.mark.slow
+def test_what_all_end_with_may_take_one_of_them_longer() -> None:
+    with _started(_ending, 3) as (_, pipes):
+        assert [_received(pipe) for pipe in pipes] == ["left"] * 3
+
+
+@pytest.mark.slow
+def test_rank_0_may_be_done_before_the_others_are() -> None:
+    with _started(_watching, 3) as (_, pipes):
+        for pipe in pipes:
+            _received(pipe)
+        for rank in range(3):
+            pipes[rank].send("go")
+            assert _received(pipes[rank]) == "left"
+            time.sleep(5.0)  # longer than rank 0 keeps the store for
 
 
 @pytest.mark.slow

@@ -270,7 +270,7 @@ class TestTwoRanks:
         assert list(tmp_path.iterdir()) == []
 
     def test_a_folder_of_ones_own_is_not(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(doctor_dist, "_SLOW_FOLDER_S", 0.0)
+        monkeypatch.setattr("gigamil.files.SLOW_FOLDER_S", 0.0)
         outs = [tmp_path / "a", tmp_path / "b"]
         first, second = on_two_hosts(
             lambda meeting, topology: doctor_dist._check_folder(meeting, topology, outs[topology.rank], [0, 1])

@@ -127,7 +127,7 @@ def test_a_crash_at_any_point_leaves_a_whole_generation(
     with monkeypatch.context() as patch:
         patch.setattr(files, "fsync", dying(files.fsync))
         patch.setattr(checkpoint, "save_file", dying(checkpoint.save_file))
-        patch.setattr(checkpoint, "_sha256", dying(checkpoint._sha256))
+        patch.setattr(files, "file_sha256", dying(files.file_sha256))
         patch.setattr(Path, "rename", dying(Path.rename))
         with pytest.raises(Crash):
             commit(store, 3, best=True)

@@ -23,6 +23,15 @@ def test_an_error_of_a_rank_names_where_its_traceback_is(tmp_path: Path, logs: P
         _raise_first_error(tmp_path, 2, 1, False, logs, "from here")
 
 
+def test_what_others_say_of_a_lost_rank_is_not_the_cause(tmp_path: Path) -> None:
+    lost, own = Outcome(6, "rank 1 ended: no", True, 1.0, is_loss=True), Outcome(3, "the tar is damaged", True, 2.0)
+    for rank, outcome in enumerate((lost, own)):
+        (tmp_path / f"{rank}.json").write_text(json.dumps(asdict(outcome)))
+    with pytest.raises(RanksFailed, match="the tar is damaged") as found:
+        _raise_first_error(tmp_path, 2, 1, False, None, "from here")
+    assert found.value.exit_code == 3
+
+
 @pytest.mark.parametrize(("logs", "where"), [(Path("run/logs"), "See 'run/logs'"), (None, "See above")])
 def test_a_rank_without_a_word_is_told_with_what_to_do(tmp_path: Path, logs: Path | None, where: str) -> None:
     with pytest.raises(

@@ -106,13 +106,15 @@ class TestSlowRanks:
 
     def test_words_name_the_rank_the_times_and_what_to_look_at(self) -> None:
         (computes,) = slow_ranks(times([1.0, 1.8]))
-        words = computes.words("rank 1 on host 'node2'")
+        words = computes.words("rank 1 on host 'node2'", True)
         assert words.startswith("rank 1 on host 'node2' takes 1.8 times as long per tile as the others: 18 ms")
         assert "throttled" in words
         assert "shards" not in words
+        assert "execution.balance: speed gives it fewer tiles" in words
+        assert "execution.balance" not in computes.words("rank 1", False)  # it is given fewer already, or cannot be
         (waits,) = slow_ranks(times([1.0, 1.0], data_s=[0.0, 0.8]))
-        assert "its tiles come late" in waits.words("rank 1")
-        assert "8 ms waiting" in waits.words("rank 1")
+        assert "its tiles come late" in waits.words("rank 1", True)
+        assert "8 ms waiting" in waits.words("rank 1", True)
 
 
 class TestShares:

@@ -427,7 +427,9 @@ class TestAddresses:
         [
             ("https://user:secret@host.example:5000/x", "https://***@host.example:5000/x"),
             ("postgresql+psycopg://user:p@ss@host/db failed\nat line 2", "postgresql+psycopg://***@host/db failed"),
-            ("sqlite:////data/mlflow.db", "sqlite:////data/mlflow.db"),
+            ("sqlite:////data/me@home/mlflow.db", "sqlite:////data/me@home/mlflow.db"),
+            ("postgresql://u:pa/ss@host/db", "postgresql://***@host/db"),
+            ("postgresql://host/db?user=u&password=p&x=1", "postgresql://host/db?user=***&password=***&x=1"),
             (ValueError(), "ValueError"),
         ],
     )
