@@ -149,7 +149,6 @@ class Meeting:
         """
         if self._pulse is not None:
             self._pulse.leave(reason)
-            self._pulse = None
 
     def _missing(self, ranks: Sequence[int]) -> str:
         return ", ".join(map(self.name, ranks[:8]))
@@ -410,6 +409,10 @@ class Pulse:
         self._patience_s, self._beat_s = patience_s, beat_s
         self._neighbours = _neighbours(members, topology.rank)
         self._wake, self._said, self._decided = threading.Event(), threading.Event(), threading.Event()
+        self._threads = [
+            threading.Thread(target=self._beat, name="gigamil-pulse", daemon=True),
+            threading.Thread(target=self._watch, name="gigamil-watch", daemon=True),
+        ]
         self._last_word: str | None = None
         self._is_leaving = self._is_hurt = False
         self._verdict: str | None = None
@@ -419,8 +422,8 @@ class Pulse:
 
     def start(self) -> None:
         """Begin; `meet` has said a first word for each rank."""
-        threading.Thread(target=self._beat, name="gigamil-pulse", daemon=True).start()
-        threading.Thread(target=self._watch, name="gigamil-watch", daemon=True).start()
+        for thread in self._threads:
+            thread.start()
 
     def leave(self, reason: str | None) -> None:
         """Say the last word; at most a moment, also where the network is cut."""
@@ -429,6 +432,9 @@ class Pulse:
         self._wake.set()
         self._said.wait(_GRACE_S)
         self._decided.set()
+        # A thread that lets go of the store while the interpreter ends is aborted in C++, and the process with it.
+        for thread in self._threads:
+            thread.join(_GRACE_S)
 
     def settle(self) -> None:
         """Verdicts are passed over from now on; this rank still says that it is well."""
