@@ -35,7 +35,6 @@ import gc
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -59,6 +58,7 @@ from gigamil.models.bag import Bag, LocalPool
 from gigamil.models.encoder import Cells, build_encoder
 from gigamil.models.fold import fold_batchnorm
 from gigamil.models.slide_model import SlideModel
+from gigamil.parallel.speed import seconds_of
 from gigamil.parallel.topology import Topology
 from gigamil.partition.schedule import plan_steps
 from gigamil.testing.compare import gradient_error
@@ -247,8 +247,8 @@ def measured_ceilings(device: torch.device) -> dict[str, float]:
     source = torch.empty(2**30 if device.type == "cuda" else 2**16, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return {
-        "flops": 2 * size**3 / min(seconds(lambda: matrix @ matrix, device) for _ in range(20)),
-        "bytes": 2 * source.numel() / min(seconds(lambda: target.copy_(source), device) for _ in range(20)),
+        "flops": 2 * size**3 / min(seconds_of(lambda: matrix @ matrix, device) for _ in range(20)),
+        "bytes": 2 * source.numel() / min(seconds_of(lambda: target.copy_(source), device) for _ in range(20)),
     }
 
 
@@ -322,7 +322,9 @@ def measure(encoder: Encoder, sizes: Sizes, device: torch.device, ceilings: Mapp
     budget = int(memory_budget(KEEP_SHARE, device, 1))
 
     gigamil(tuned, chunk, chunk, 0)  # warms up
-    took = seconds(lambda: gigamil(tuned, 2 * chunk, chunk, 0), device) if len(tuned.image_NHWC) >= 2 * chunk else 1.0
+    took = (
+        seconds_of(lambda: gigamil(tuned, 2 * chunk, chunk, 0), device) if len(tuned.image_NHWC) >= 2 * chunk else 1.0
+    )
     wanted = int(sizes.step_s * 2 / took) if sizes.step_s else sizes.most_tiles // chunk
     num_chunks = max(1, min(wanted, budget // max(1, chunk_bytes), len(tuned.image_NHWC) // chunk))
     num_tiles = num_chunks * chunk
@@ -345,7 +347,7 @@ def measure(encoder: Encoder, sizes: Sizes, device: torch.device, ceilings: Mapp
     rates: dict[str, list[float]] = {name: [] for name in arms}
     for number in range(sizes.rounds + 1):
         for name, (tiles, arm) in arms.items():
-            rate = tiles / seconds(arm, device)
+            rate = tiles / seconds_of(arm, device)
             if number:  # the first round warms up
                 rates[name].append(rate)
     if not is_gpu:
@@ -360,17 +362,6 @@ def measure(encoder: Encoder, sizes: Sizes, device: torch.device, ceilings: Mapp
     outcome.largest_n_estimated = high + int(spare / outcome.slope_bytes)
     outcome.planned_bytes = planned(encoder, num_tiles, sizes.tile_px, device, ("replay", "keep"))
     return outcome
-
-
-def seconds(function: Callable[[], object], device: torch.device) -> float:
-    """Wall time, the GPU's work included."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    function()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
 
 
 def forget(device: torch.device) -> None:

@@ -33,12 +33,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from gpu_step import count, forget, measured_ceilings, peak_of, seconds
+from gpu_step import count, forget, measured_ceilings, peak_of
 from gradients import checked
 from origin import origin
 from streaming import BASE_PX, Problem, SmallerBlocks, blocks, cells_of, make_problem, painted, planned_pixels, whole
 
 from gigamil.models.fold import fold_batchnorm
+from gigamil.parallel.speed import seconds_of
 from gigamil.partition.blocks import block_side
 from gigamil.testing.compare import gradient_error
 
@@ -145,7 +146,7 @@ def measure(problem: Problem, chunk: int, rounds: int, device: torch.device, roo
     """
     try:
         peak = peak_of(lambda: blocks(problem, chunk, bfloat16=True), device)  # warms up
-        spent = tuple(seconds(lambda: blocks(problem, chunk, bfloat16=True), device) for _ in range(rounds))
+        spent = tuple(seconds_of(lambda: blocks(problem, chunk, bfloat16=True), device) for _ in range(rounds))
     except SmallerBlocks:
         return None
     factor, pixels = planned_pixels(problem, chunk), problem.side**2

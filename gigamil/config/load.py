@@ -85,7 +85,7 @@ def load_config(path: Path | str | None, overrides: Sequence[str] = ()) -> RunCo
     try:
         config = RunConfig.model_validate(data)
     except ValidationError as error:
-        raise ConfigError(f"{where}: " + "; ".join(_explain(item) for item in error.errors())) from None
+        raise ConfigError(f"{where}: " + "; ".join(explain_problem(item) for item in error.errors())) from None
     return absolute_paths(config)
 
 
@@ -127,7 +127,7 @@ def science_digest_data(config: RunConfig) -> dict[str, Any]:
 
 
 def known_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[str]:
-    """Every dotted key of the configuration, depth first, in the order of the schema."""
+    """Every dotted key of the configuration, depth first, in the order of the schema; keys of a list's items follow the list's."""
     for name, field in model.model_fields.items():
         section = _section_of(field.annotation)
         if section is None:
@@ -183,17 +183,27 @@ def _set_dotted(data: dict[str, Any], key: str, value: Any) -> None:
     data[leaf] = value
 
 
-def _explain(item: typing.Mapping[str, Any]) -> str:
+def explain_problem(
+    item: typing.Mapping[str, Any], model: type[BaseModel] = RunConfig, page: str = "docs/configuration.md"
+) -> str:
+    """One of pydantic's complaints in words: the key, what is wrong with it, and the nearest known key.
+
+    Args:
+        item: of `ValidationError.errors()`.
+        model: that refused.
+        page: where its keys are listed.
+    """
     key = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
-        near = _nearest(key)
-        return f"unknown key '{key}'" + (f"; did you mean '{near}'?" if near else "; see docs/configuration.md")
+        near = _nearest(".".join(part for part in item["loc"] if isinstance(part, str)), list(known_keys(model)))
+        return f"unknown key '{key}'" + (f"; did you mean '{near}'?" if near else f"; see {page}")
+    if item["type"] == "missing":
+        return f"{key} is missing"
     message = item["msg"].removeprefix("Value error, ")
     return f"{key}: {message} (got {item['input']!r})" if key else message
 
 
-def _nearest(key: str) -> str | None:
-    known = list(known_keys())
+def _nearest(key: str, known: Sequence[str]) -> str | None:
     whole = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
     if whole:
         return whole[0]
@@ -204,8 +214,9 @@ def _nearest(key: str) -> str | None:
 
 
 def _section_of(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
+    for part in (annotation, *typing.get_args(annotation)):  # of a list, or one that may be null
+        if isinstance(part, type) and issubclass(part, BaseModel):
+            return part
     return None
 
 

@@ -1,8 +1,8 @@
-"""How fast ranks sum over their network, and whether the sums are right."""
+"""How long a call takes on a device; how fast ranks sum over their network, and whether the sums are right."""
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -92,11 +92,7 @@ def measure_all_reduce(
 
 def _time_round(own_n: Tensor, sum_n: Tensor, group: dist.ProcessGroup | None) -> float:
     sum_n.copy_(own_n)
-    _synchronize(sum_n.device)
-    start = time.perf_counter()
-    dist.all_reduce(sum_n, group=group)
-    _synchronize(sum_n.device)
-    return time.perf_counter() - start
+    return seconds_of(lambda: dist.all_reduce(sum_n, group=group), sum_n.device)
 
 
 def _slowest(times_s: Sequence[float], device: torch.device, group: dist.ProcessGroup | None) -> float:
@@ -106,6 +102,12 @@ def _slowest(times_s: Sequence[float], device: torch.device, group: dist.Process
     return max(float(median), 1e-9)  # a clock that did not move
 
 
-def _synchronize(device: torch.device) -> None:
+def seconds_of(function: Callable[[], object], device: torch.device) -> float:
+    """Wall time of a call, with the GPU's work, and without what it still had to do before."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start

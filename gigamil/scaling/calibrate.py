@@ -38,7 +38,7 @@ from gigamil.memory.budget import free_device_memory
 from gigamil.models.bag import Bag, LocalPool
 from gigamil.models.encoder import DenseEncoder, TileEncoder
 from gigamil.models.slide_model import SlideModel
-from gigamil.parallel.speed import measure_all_reduce
+from gigamil.parallel.speed import measure_all_reduce, seconds_of
 from gigamil.parallel.topology import Topology, detect_topology
 from gigamil.partition.schedule import plan_steps
 from gigamil.registry import import_plugins
@@ -394,17 +394,8 @@ def measure_step(
 
 
 def _times(function: Callable[[], object], device: torch.device, rounds: int) -> list[float]:
-    """Seconds of each round, the GPU's work included; one more before them warms up."""
-    found = []
-    for _ in range(rounds + 1):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        function()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        found.append(time.perf_counter() - start)
-    return found[1:]
+    """Seconds of each round; one more before them warms up."""
+    return [seconds_of(function, device) for _ in range(rounds + 1)][1:]
 
 
 def _drawn_tile(tile_px: int, number: int) -> bytes:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from gigamil.config.load import explain_problem
 from gigamil.config.schema import Count, NonNegative, Positive, RunConfig, Section
 from gigamil.errors import ConfigError
 from gigamil.files import replace_file
@@ -181,8 +182,8 @@ def load_machine(path: Path | str) -> Machine:
     try:
         return Machine.model_validate(data)
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
-        raise ConfigError(f"'{path}' is no machine file: {problems}. See docs/scaling.md.") from None
+        problems = "; ".join(explain_problem(item, Machine, "docs/scaling.md") for item in error.errors())
+        raise ConfigError(f"'{path}' is no machine file: {problems}. Its keys: docs/scaling.md.") from None
 
 
 def save_machine(machine: Machine, path: Path) -> None:

@@ -86,9 +86,8 @@ class Float64Engine(PlainEngine):
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         settings: dict[str, Any],
-        device: torch.device,
-        *,
-        timeout_s: float | None = None,
+        *_others: Any,
+        **_named: Any,
     ) -> None:
         model.double()
         groups = [{"params": group["params"], "lr": group["lr"]} for group in optimizer.param_groups]

@@ -1,14 +1,13 @@
 """Machine files: what is shipped loads, what is wrong is refused, and the page has a row for each key."""
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import yaml
-from pydantic import BaseModel
 
+from gigamil.config.load import known_keys
 from gigamil.config.schema import RunConfig
 from gigamil.errors import ConfigError
 from gigamil.scaling.machine import DEFAULT_MACHINE, Machine, find_speed, load_machine, save_machine
@@ -16,17 +15,6 @@ from gigamil.scaling.machine import DEFAULT_MACHINE, Machine, find_speed, load_m
 ROOT = Path(__file__).resolve().parents[3]
 FILES = sorted((ROOT / "configs" / "machines").glob("*.yaml"))
 PAGE = (ROOT / "docs" / "scaling.md").read_text()
-
-
-def keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Dotted keys; those of a list's items follow the list's name."""
-    for name, field in model.model_fields.items():
-        parts = [field.annotation, *get_args(field.annotation)]
-        sections = [part for part in parts if isinstance(part, type) and issubclass(part, BaseModel)]
-        if sections:
-            yield from keys(sections[0], f"{prefix}{name}.")
-        else:
-            yield prefix + name
 
 
 def test_there_are_two() -> None:
@@ -51,7 +39,7 @@ def test_the_default_is_not_called_measured() -> None:
 
 def test_every_key_has_one_row() -> None:
     rows = re.findall(r"^\| `([\w.]+)` \|", PAGE, flags=re.MULTILINE)
-    assert rows == list(keys(Machine))
+    assert rows == list(known_keys(Machine))
 
 
 def test_a_file_that_was_written_is_the_same_machine(tmp_path: Path) -> None:
@@ -68,12 +56,13 @@ def changed(**changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"rank_per_node": 8}, "rank_per_node"),
+        ({"rank_per_node": 8}, "unknown key 'rank_per_node'; did you mean 'ranks_per_node'"),
+        ({"storage": {"node_byte_s": 1e9}}, "storage.node_bytes_s is missing.*did you mean 'storage.node_bytes_s'"),
         ({"ranks_per_node": 0}, "ranks_per_node"),
         ({"links": None}, "links"),
         ({"roof": {"flops_s": {}, "efficiency": {"resnet18": 0.3}, "launch_s": 0, "source": "x"}}, "`other`"),
     ],
-    ids=["unknown", "zero", "empty", "no other"],
+    ids=["unknown", "missing", "zero", "empty", "no other"],
 )
 def test_a_wrong_file_is_refused_by_key(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
     path = tmp_path / "machine.yaml"
