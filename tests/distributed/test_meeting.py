@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ import pytest
 import torch.distributed as dist
 
 from gigamil.errors import ConfigError, EnvironmentFault, GigamilError, Interrupted
+from gigamil.parallel import meeting
 from gigamil.train.launch import free_port
 
 PATIENCE_S, BEAT_S = 3.0, 0.25
@@ -145,6 +147,23 @@ def test_a_signal_ends_the_wait_for_the_others(monkeypatch: pytest.MonkeyPatch) 
         meet(Topology(2, 0, 0, 1, 2), 60.0, lambda: True)
 
 
+def test_a_rank_waits_for_the_answer_from_when_rank_0_has_come() -> None:
+    store, longest_s = dist.HashStore(), 1.0
+
+    def rank_0() -> None:
+        time.sleep(0.7 * longest_s)
+        store.set("key/0", "null")
+        time.sleep(0.7 * longest_s)  # rank 0 waits for others, as long as this one may
+        store.set("key/all", '{"values": [null, null]}')
+
+    thread = threading.Thread(target=rank_0)
+    thread.start()
+    assert meeting._await(store, "key", longest_s, lambda: False) == {"values": [None, None]}
+    thread.join()
+    with pytest.raises(EnvironmentFault, match=r"rank 0 said nothing within 0\.2 s"):
+        meeting._await(store, "other", 0.2, lambda: False)
+
+
 def _meeting_again(rank: int, num_ranks: int, pipe: Connection, port: int, late_s: float) -> None:
     os.environ |= {"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     if rank == 0:
@@ -215,6 +234,32 @@ def test_what_one_rank_meets_alone_is_told_to_all() -> None:
     with _started(_failing, 3) as (_, pipes):
         told = [_received(pipe) for pipe in pipes]
     assert set(told) == {("EnvironmentFault", "rank 1 on host 'host0': no such key", 2, True)}
+
+
+def _telling(rank: int, num_ranks: int, pipe: Connection) -> None:
+    from gigamil.parallel.topology import Topology
+    from gigamil.train.handshake import told_to_all
+    from gigamil.train.worker import _tell_others
+
+    if rank == 0:
+        try:
+            _tell_others(Topology(num_ranks, 0, 0, 2, num_ranks), ConfigError("no such key"))
+        finally:
+            os._exit(2)  # at once, with the store
+
+    def find_nothing_wrong() -> None:
+        with told_to_all(meeting):
+            time.sleep(1.0)  # rank 0 looks seldom by now, and so do the others when it has seen them
+
+    meeting = _meet(rank, num_ranks)
+    _refused(pipe, find_nothing_wrong)
+
+
+@pytest.mark.slow
+def test_rank_0_leaves_when_the_others_have_heard_what_is_wrong() -> None:
+    with _started(_telling, 3) as (_, pipes):
+        told = [_received(pipe) for pipe in pipes[1:]]
+    assert set(told) == {("EnvironmentFault", "rank 0 on host 'host0': no such key", 2, True)}
 
 
 def _looking(rank: int, num_ranks: int, pipe: Connection, folders: list[Path], digests: list[str]) -> None:

@@ -72,6 +72,23 @@ def test_a_rank_without_the_yaml_is_named_to_the_others(yaml: Path) -> None:
 
 
 @pytest.mark.slow
+def test_the_first_rank_without_the_yaml_tells_the_others_before_it_leaves(yaml: Path) -> None:
+    codes, printed = _outcome([str(yaml.with_name("none.yaml"))], [str(yaml)], num_ranks=2)
+    assert codes == [2, 2]
+    assert "rank 0 on host" in printed[0]
+    assert "none.yaml" in printed[0]
+    assert "was lost" not in printed[1]  # the store goes with rank 0
+
+
+def test_a_wrong_yaml_is_told_also_where_nobody_can_meet(yaml: Path) -> None:
+    yaml.write_text("science: {sed: 1}")
+    codes, printed = _outcome([str(yaml)], num_ranks=2, MASTER_ADDR="")
+    assert codes == [2]
+    assert "did you mean 'science.seed'" in printed[0]
+    assert "MASTER_ADDR" not in printed[0]
+
+
+@pytest.mark.slow
 def test_a_group_size_that_does_not_divide_is_told_once(yaml: Path) -> None:
     command = [str(yaml), "--execution.group_size", "3"]
     codes, printed = _outcome(command, command, num_ranks=2)

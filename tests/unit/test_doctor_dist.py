@@ -281,6 +281,20 @@ class TestTwoRanks:
 
 
 class TestWords:
+    @pytest.mark.parametrize(("gpus", "asked", "ranks"), [(0, None, 2), (1, None, 1), (8, None, 8), (8, 3, 3)])
+    def test_without_a_launcher_there_is_a_rank_for_each_gpu_or_two(
+        self, gpus: int, asked: int | None, ranks: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        started: list[int] = []
+        for name in ("RANK", "SLURM_PROCID"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setattr(doctor_dist.torch.cuda, "device_count", lambda: gpus)
+        monkeypatch.setattr(
+            doctor_dist, "launch_ranks", lambda _module, _words, execution, **_: started.append(execution.ranks)
+        )
+        assert doctor_dist.run_doctor_dist(None, asked) == 0
+        assert started == [ranks]
+
     def test_ranks_are_for_dist_only(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["doctor", "--ranks", "2"]) == 2
         assert "gigamil doctor --dist --ranks N" in capsys.readouterr().err

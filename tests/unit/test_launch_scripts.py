@@ -236,6 +236,15 @@ class TestDeepspeed:
         assert words in result.stderr
         assert desk.calls() == []
 
+    def test_an_interpreter_inside_a_container_is_not_started_by_ssh(self, desk: Desk) -> None:
+        hosts, inside = desk.write("hosts", HOSTS), "env python"
+        result = desk.run("deepspeed.sh", "my.yaml", HOSTFILE=hosts, PYTHON=inside)
+        assert result.returncode == 2
+        assert 'PYTHON="env python" cannot be started by ssh; start this script on each host' in result.stderr
+        assert desk.calls() == []
+        own = {"NODE_RANK": "0", "MASTER_ADDR": "node01"}
+        assert started(desk.run("deepspeed.sh", "my.yaml", HOSTFILE=hosts, PYTHON=inside, **own)).startswith(inside)
+
     @pytest.mark.slow
     def test_deepspeed_reads_the_hostfiles_that_pass_alike(self) -> None:
         from deepspeed.launcher.runner import _parse_hostfile

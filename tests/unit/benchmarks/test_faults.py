@@ -59,3 +59,9 @@ def test_without_permission_it_says_why(monkeypatch: pytest.MonkeyPatch, capsys:
     monkeypatch.setattr(faults, "why_no_nodes", lambda: "network namespaces need root")
     assert faults.main([]) == 4
     assert "network namespaces need root" in capsys.readouterr().err
+
+
+def test_no_rounds_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        faults.main(["--rounds", "0"])
+    assert "--rounds 0 would try nothing" in capsys.readouterr().err

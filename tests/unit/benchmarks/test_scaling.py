@@ -258,6 +258,23 @@ def test_table_figure_and_the_last_line(tmp_path: Path, capsys: pytest.CaptureFi
     assert (tmp_path / "strong.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_points_that_trained_something_else_give_no_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    monkeypatch.setattr(scaling, "make_cohort", lambda *_: None)
+    points = [point(1), point(1, 2)]
+    settings = scaling.with_slides(TINY, points)
+    for each, first in zip(points, (1.0, 1.0 + 2e-5), strict=True):
+        scaling.save_point(tmp_path, each, settings, measured(each.ranks, 100.0, [first, 0.9, 0.8, 0.7]))
+    words = ["--tiny", "--nodes", "1", "--ranks-per-node", "1,2", "--encoder", "sleep", "--out", str(tmp_path)]
+    assert scaling.main(words) == 1
+    out, err = capsys.readouterr()
+    assert "losses of points differ by 2e-05, more than 1e-05: no figures" in err
+    assert "efficiency" not in out
+    assert not list(tmp_path.glob("strong.*"))
+
+
 @pytest.mark.slow
 def test_two_points_of_one_node(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--tiny", "--nodes", "1", "--ranks-per-node", "1,2", "--encoder", "sleep", "--out", str(tmp_path)]

@@ -65,3 +65,10 @@ def test_lines_through_two_sizes_hold_at_a_third() -> None:
 def test_a_line_is_never_below_zero() -> None:
     assert Linear(-10.0, 2.0).at(3) == 0
     assert Linear(1.4, 2.0).at(3) == 7
+
+
+def test_a_model_that_is_fixed_keeps_nothing_for_a_backward() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 5)).requires_grad_(False)
+    found = measure_calls(lambda num: model(torch.rand(num, 3, 8, 8)), model, (20, 22))
+    assert found.kept.at(50) == 50 * 5 * 4  # what it gives
+    assert found.first.at(50) >= found.blind.at(50)

@@ -14,7 +14,9 @@ from gigamil.scaling import calibrate as module
 from gigamil.scaling.cost import collective_seconds
 from gigamil.scaling.machine import find_speed
 from gigamil.scaling.traffic import Collective
+from gigamil.testing.ranks import run_on_ranks
 from gigamil.testing.runs import TILE_PX, tiny_run
+from gigamil.train.engine import skip_kernel_build
 from gigamil.train.plan import build_planned_model
 from gigamil.train.step import Ranks
 
@@ -39,6 +41,35 @@ def test_a_call_is_timed_and_leaves_no_gradient() -> None:
     assert call["backward_s"] > 0
     assert 0.1 < busy < 64
     assert all(parameter.grad is None for parameter in built.parameters())
+
+
+def test_tiles_are_augmented_as_in_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    augmented: list[int] = []
+
+    def note(image: torch.Tensor, *_: object, **named: object) -> torch.Tensor:
+        assert named == {"settings": config().science.augment}
+        augmented.append(len(image))
+        return image
+
+    monkeypatch.setattr(module, "augment_tiles", note)
+    module.measure_call(config(), model(config()), CPU, 3, 1)
+    assert augmented == [3] * 4  # forward alone, and both, each with a round that warms up
+
+
+def _measure_step(rank: int, settings: RunConfig) -> tuple[float, float, int, int]:
+    skip_kernel_build()
+    return module.measure_step(settings, model(settings), Ranks(Topology()), CPU, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_step_is_timed_with_all_that_its_optimiser_updates(stage: int) -> None:
+    settings = config(execution={"device": "cpu", "zero_stage": stage})
+    wanted = sum(parameter.nbytes for parameter in model(settings).parameters() if parameter.requires_grad)
+    step_s, spread, tiles, updated = run_on_ranks(_measure_step, 1, settings)[0]
+    assert step_s > 0
+    assert spread >= 0
+    assert (tiles, updated) == (settings.science.slides_per_step, wanted)
 
 
 def test_decoding_takes_the_runs_own_tiles_if_there_are_any(tmp_path: Path) -> None:

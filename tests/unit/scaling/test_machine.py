@@ -10,6 +10,7 @@ import yaml
 from gigamil.config.load import known_keys
 from gigamil.config.schema import RunConfig
 from gigamil.errors import ConfigError
+from gigamil.scaling import machine as module
 from gigamil.scaling.machine import DEFAULT_MACHINE, Machine, find_speed, load_machine, save_machine
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -37,6 +38,15 @@ def test_the_default_is_not_called_measured() -> None:
     assert machine.validation is None
 
 
+def test_the_optimiser_of_the_default_is_bound_by_memory() -> None:
+    memory_bytes_s, moved = (
+        4.8e12,
+        16 / 4,
+    )  # of an H200, by its data sheet; bytes read and written per byte of parameters
+    least_s = moved * 1e9 / memory_bytes_s
+    assert least_s <= load_machine(DEFAULT_MACHINE).step.update_s_per_gb <= 1.5 * least_s
+
+
 def test_every_key_has_one_row() -> None:
     rows = re.findall(r"^\| `([\w.]+)` \|", PAGE, flags=re.MULTILINE)
     assert rows == list(known_keys(Machine))
@@ -60,9 +70,15 @@ def changed(**changes: Any) -> dict[str, Any]:
         ({"storage": {"node_byte_s": 1e9}}, "storage.node_bytes_s is missing.*did you mean 'storage.node_bytes_s'"),
         ({"ranks_per_node": 0}, "ranks_per_node"),
         ({"links": None}, "links"),
+        ({"device_bytes": float("inf")}, "device_bytes: Input should be a finite number"),
+        ({"noise": float("inf")}, "noise: Input should be a finite number"),
+        (
+            {"roof": {"flops_s": {}, "efficiency": {"other": 0.0}, "launch_s": 0, "source": "x"}},
+            "roof.efficiency.other: Input should be greater than 0",
+        ),
         ({"roof": {"flops_s": {}, "efficiency": {"resnet18": 0.3}, "launch_s": 0, "source": "x"}}, "`other`"),
     ],
-    ids=["unknown", "missing", "zero", "empty", "no other"],
+    ids=["unknown", "missing", "zero", "empty", "inf", "noise", "no share", "no other"],
 )
 def test_a_wrong_file_is_refused_by_key(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
     path = tmp_path / "machine.yaml"
@@ -79,9 +95,14 @@ def test_calls_have_to_ascend() -> None:
         Machine.model_validate(data)
 
 
-def test_a_file_that_is_not_there_is_answered_with_how_to_make_one(tmp_path: Path) -> None:
+def test_a_file_that_is_not_there_is_answered_with_how_to_make_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(ConfigError, match=r"no machine file.*gigamil bench calibrate --out"):
         load_machine(tmp_path / "none.yaml")
+    monkeypatch.setattr(module, "DEFAULT_MACHINE", tmp_path / "h200-8x400g.yaml")  # as where gigamil is installed
+    with pytest.raises(ConfigError, match=r"not installed from a clone, which has 'h200-8x400g.yaml'.*--machine FILE"):
+        load_machine(module.DEFAULT_MACHINE)
     (tmp_path / "bad.yaml").write_text("a: [")
     with pytest.raises(ConfigError, match="cannot be read as YAML"):
         load_machine(tmp_path / "bad.yaml")

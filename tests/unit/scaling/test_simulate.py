@@ -128,6 +128,26 @@ def test_decoding_that_is_too_slow_is_named_with_its_cure() -> None:
         assert "needs 6 cores to read its tiles, and has 2" in short.hint
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_tiles_are_decoded_twice_only_where_no_memory_holds_them(device: str) -> None:
+    per_tile = 10 * (2 * FORWARD_S + BEYOND_S)  # decoding is all that matters
+    decode = {"shards_mpx_s": 32**2 / 1e6 / per_tile, "slides_mpx_s": 1e12, "source": "made up"}
+    most = 40 * 32**2 * 3  # bytes of the tiles of a rank, in the largest step, and some
+    little, enough = 0.1 * most, 1.0 * most  # of which `tile_cache` may take all
+
+    def seconds(held: float, cached: float, **execution: Any) -> float:
+        there = machine(decode=decode, device=device, host_bytes=2 * held, device_bytes=cached, cores_per_node=256)
+        return sum(step_seconds(config(tile_cache=1.0, **execution), there, 1, cohort=COHORT))
+
+    ahead = seconds(100 * enough, little)
+    assert seconds(little, enough) == pytest.approx(ahead, rel=0.1)  # chunk by chunk, and kept for the second time
+    assert seconds(little, little) == pytest.approx(2 * ahead, rel=0.1)  # replay encodes all tiles twice
+    # Without decoding threads nothing is read ahead, and room for one step is enough.
+    alone = {"decode_workers": 0}
+    assert seconds(enough, little, **alone) == pytest.approx(seconds(100 * enough, little, **alone))
+    assert seconds(enough, little) > 1.5 * ahead
+
+
 def test_ranks_that_share_cores_take_turns() -> None:
     busy = machine().encoders[0].model_copy(update={"busy_cores": 1.0})
     alone, crowded = (machine(encoders=[busy.model_dump()], cores_per_node=cores) for cores in (2, 1))

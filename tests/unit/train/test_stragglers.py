@@ -76,6 +76,32 @@ class TestMeter:
         assert clock.take(0.0) == 3.0
         assert clock.take(0.0) == 0.0
 
+    def test_a_gpu_that_waits_for_tiles_within_its_work_does_not_count_them_twice(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        class Event:
+            """Of a GPU on which each block takes three seconds, of which it waits one for its tiles."""
+
+            def __init__(self, *, enable_timing: bool) -> None:
+                assert enable_timing
+
+            def record(self) -> None:
+                """Nothing waits."""
+
+            def synchronize(self) -> None:
+                """The work is done."""
+
+            def elapsed_time(self, _end: "Event") -> float:
+                return 3000.0
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        meter = RankMeter(Ranks(Topology()), torch.device("cpu"))
+        meter.clock = ComputeClock(torch.device("cuda"))
+        with meter.clock.running():
+            pass
+        meter.note(10, 3.0, 1.0, 1.0)
+        assert meter.gather() == RankTimes(1, (10.0,), (3.0,), (1.0,), (2.0,))
+
     def test_waiting_is_never_more_than_the_time(self) -> None:
         assert ComputeClock(torch.device("cpu")).take(1.0) == 0.0
 
