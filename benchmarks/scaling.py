@@ -57,8 +57,10 @@ import gigamil.testing.sleep  # noqa: F401 - the plan of a point builds its mode
 from gigamil.config.load import absolute_paths, to_yaml
 from gigamil.config.schema import RunConfig
 from gigamil.cores import num_cores
+from gigamil.errors import EnvironmentFault
 from gigamil.evaluate.style import PALETTE, drawing
 from gigamil.files import replace_file
+from gigamil.lock import folder_lock
 from gigamil.pipeline import split_cohort
 from gigamil.scaling.traffic import Collective, step_collectives
 from gigamil.shards.format import MANIFEST, slide_folder
@@ -183,7 +185,11 @@ def main(words: Sequence[str] | None = None) -> int:
     launcher = choose_launcher(points)
     settings = with_slides(settings, points)
     out.mkdir(parents=True, exist_ok=True)
-    table = make_cohort(out / "cohort", settings)
+    try:
+        with folder_lock(out / "cohort", "benchmarks/scaling.py"):
+            table = make_cohort(out / "cohort", settings)
+    except EnvironmentFault as error:
+        raise SystemExit(str(error)) from None
     for number, point in enumerate(points, start=1):
         if read_point(out, point, settings) is not None:
             print(f"point {number} of {len(points)}: {point.words()}: measured before", flush=True)

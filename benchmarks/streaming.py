@@ -24,11 +24,11 @@ float64, streamed and whole.
 
     python benchmarks/streaming.py [--quick] [--net resnet34] [--tiles FOLDER] [--out FILE]
 
-14 minutes on two idle cores, and 21 GB of memory, which are looked for first; --quick 3 and 8; ResNet-34 three times as long,
+8 minutes on two idle cores, and 21 GB of memory, which are looked for first; --quick 3 and 8; ResNet-34 three times as long,
 and 27 GB. The slide is painted, or made of the tiles that `lung_mosaic.py` takes. User CPU time of a process (page faults
 are the kernel's) in which glibc keeps freed memory (MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=-1), arms in turn, medians of
-rounds. Exchange comes after the others, for there is no room for it beside their memory. Memory is resident memory above the start, in fresh processes where glibc gives back
-what is freed. The last line is JSON:
+rounds. Exchange comes after the others, for there is no room for it beside their memory. Memory is resident memory above
+the start, in fresh processes where glibc gives back what is freed. The last line is JSON:
 
     read_over_whole_planned             blocks over whole, over 4/3 of the planned pixels: 1 is what is planned
     tissue_over_full                    tissue over blocks

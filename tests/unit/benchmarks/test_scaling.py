@@ -12,6 +12,7 @@ import pytest
 
 from benchmarks import scaling
 from benchmarks.scaling import TINY, Measured, Point, Settings
+from gigamil.lock import folder_lock
 from gigamil.scaling.traffic import Collective
 from gigamil.testing.nodes import why_no_nodes
 
@@ -256,6 +257,16 @@ def test_table_figure_and_the_last_line(tmp_path: Path, capsys: pytest.CaptureFi
     assert whole["points"][1]["point"] == asdict(point(4))
     assert whole["settings"]["slides"] == 32
     assert (tmp_path / "strong.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_two_studies_do_not_make_one_cohort_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    words = ["--tiny", "--nodes", "1", "--ranks-per-node", "1", "--out", str(tmp_path)]
+    with (
+        folder_lock(tmp_path / "cohort", "benchmarks/scaling.py"),
+        pytest.raises(SystemExit, match=r"cohort' is in use by `benchmarks/scaling\.py`.* or name another folder"),
+    ):
+        scaling.main(words)
 
 
 def test_points_that_trained_something_else_give_no_figures(
