@@ -42,13 +42,12 @@ test-all: lint ## checks and every test
 
 lint-quick: $(STAMP)
 	@$(BIN)/ruff check --quiet .
+	@$(BIN)/shellcheck launch/*.sh launch/slurm/*.sh launch/slurm/*.sbatch .ci/run
 	@$(BIN)/lint-imports --no-cache >$(VENV)/lint-imports.log || { cat $(VENV)/lint-imports.log; exit 1; }
 	@$(BIN)/mypy
 
-lint: lint-quick ## ruff, formatting, import contracts, mypy, shellcheck where installed
+lint: lint-quick ## ruff, formatting, import contracts, mypy, shellcheck
 	@$(BIN)/ruff format --quiet --check .
-	@for script in launch/*.sh launch/slurm/*.sh launch/slurm/*.sbatch .ci/run; do bash -n "$$script" || exit 1; done
-	@if command -v shellcheck >/dev/null; then shellcheck launch/*.sh launch/slurm/*.sh launch/slurm/*.sbatch .ci/run; fi
 
 clean: ## remove .venv, caches and build files; runs/ stays
 	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
