@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gigamil.errors import EnvironmentFault, GigamilError
 from gigamil.registry import import_plugins
@@ -326,14 +326,14 @@ def _split(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         words += ["--cohort.preserve_sites", "true"]
     if arguments.config.lower().endswith((".csv", ".tsv")):
         return _split_labels(arguments, words)
-    from gigamil.data.cohort import load_cohort
     from gigamil.data.split import makes_folds
+    from gigamil.data.targets import load_target_table
     from gigamil.pipeline import split_cohort
 
     _refuse_options(arguments, ("out", "slide_column", "patient_column", "label_column", "patient_is_slide"))
     config = _load(arguments, words)
     splits = split_cohort(config, again=arguments.again)
-    table = load_cohort(config.cohort, need_files=False)
+    table = load_target_table(config.cohort, config.science.task)
     if makes_folds(table, config.cohort):
         print(f"all slides of the table:\n{make_folds(table, config.cohort).text(table)}\nthis run:")
     print(sides_table({"-" if splits.fold is None else str(splits.fold): splits.split_of()}, table))
@@ -458,7 +458,8 @@ def _train(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     from gigamil.train.api import train_model
 
     facts = train_model(_load(arguments, overrides), plugins=arguments.plugin)
-    print(f"{facts['status']}: {facts['steps']} steps, best validation AUC {facts['best_val_auc']}")
+    best: Any = facts["best_val"]
+    print(f"{facts['status']}: {facts['steps']} steps, best validation {best['metric']} {best['value']}")
     return 0
 
 
@@ -467,9 +468,8 @@ def _evaluate(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
 
     config = _load(arguments, overrides)
     evaluation = evaluate_model(config)
-    for name, metrics in evaluation["splits"].items():
-        for key in ("auc", "balanced_accuracy", "f1"):
-            estimate = metrics[key]
+    for name, found in evaluation["splits"].items():
+        for key, estimate in found["metrics"].items():
             print(f"{name:6} {key:18} {_number(estimate['value'])}  95 % {_interval(estimate['ci'])}")
     print(f"report: '{config.bookkeeping.out / 'report.html'}'")
     return 0

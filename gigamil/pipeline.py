@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypedDict
 
+import numpy as np
 import torch
 
 from gigamil.config.load import absolute_paths
@@ -27,6 +28,7 @@ from gigamil.data.split import (
     split_method,
     tile_leaks,
 )
+from gigamil.data.targets import load_target_table, read_targets
 from gigamil.data.tile import TileReport, tile_cohort
 from gigamil.errors import CohortError, ConfigError, EnvironmentFault, ShardError, SlideError
 from gigamil.evaluate.attention import Box, attention_path, write_attention
@@ -34,14 +36,18 @@ from gigamil.evaluate.features import cache_features, kind_of_features
 from gigamil.evaluate.heatmap import heatmap_run
 from gigamil.evaluate.picture import ReadTiles
 from gigamil.evaluate.predict import SlidePrediction, load_model, predict_slides
-from gigamil.evaluate.predictions import FILE_NAME, Predictions, read_predictions, write_predictions
+from gigamil.evaluate.predictions import FILE_NAME, Predictions, write_predictions
 from gigamil.evaluate.report import evaluate_run, write_report
 from gigamil.evaluate.saliency_maps import Saliencies, refuse_tile_encoder
 from gigamil.evaluate.summary import Evaluation
+from gigamil.evaluate.values import Values, read_run, write_values
 from gigamil.models.slide_model import SlideModel
 from gigamil.parallel.topology import Topology
 from gigamil.registry import import_plugins
 from gigamil.shards.read import ShardSet
+from gigamil.tasks.classification import Multiclass
+from gigamil.tasks.ordinal import Ordinal
+from gigamil.tasks.store import save_task
 from gigamil.train.api import train_model
 from gigamil.train.checkpoint import CheckpointStore
 from gigamil.train.cohort import (
@@ -57,6 +63,7 @@ from gigamil.train.cohort import (
 from gigamil.train.identity import refuse_other_run, run_identity
 from gigamil.train.records import RunRecord
 from gigamil.train.sync import sync_run
+from gigamil.train.task import task_of_run
 from gigamil.train.worker import choose_device
 
 _MAX_LISTED = 20
@@ -78,7 +85,7 @@ def split_cohort(config: RunConfig, *, again: bool = False) -> Splits:
         ShardError: there are no tiles.
     """
     path = config.bookkeeping.out / "splits.json"
-    table = load_cohort(config.cohort, need_files=False)
+    table = load_target_table(config.cohort, config.science.task)
     tiles = open_tiles(config, table)
     shards = pictured_shards(config, tiles)
     if path.is_file() and not again:
@@ -150,7 +157,7 @@ def draw_heatmaps(
     """
     out = config.bookkeeping.out
     model = _saliency_model(config) if saliency else None
-    known = read_predictions(out / FILE_NAME).slide_ids if (out / FILE_NAME).is_file() else ()
+    known = read_run(out).slide_ids if (out / FILE_NAME).is_file() else ()
     files = [Path(name) for name in slides if name not in known and Path(name).exists()]
     ids = [name for name in slides if name in known or not Path(name).exists()]
     drawn: list[Path] = []
@@ -191,7 +198,8 @@ def run_pipeline(
         resume: False refuses a run folder that holds a trained or half-trained run.
         lesions_um: known lesions, outlined in heatmaps.
     Returns:
-        auc, auc_ci (of the held-out slides), slides, tiles, ranks, seconds, out; None where undefined.
+        auc, auc_ci (of the held-out slides; or the metric of another task), slides, tiles, ranks, seconds, out; None where
+        undefined.
     Raises:
         SlideError: more slides failed than `slides.max_failed` allows; the others are tiled.
     """
@@ -229,11 +237,12 @@ def run_pipeline(
     evaluation = evaluate_model(config)
     _say(show, "heatmap", "attention of held-out slides")
     draw_heatmaps(config, lesions_um=lesions_um)
-    auc = evaluation["splits"][evaluation["headline_split"]]["auc"]
+    name = evaluation["headline_metric"]
+    found = evaluation["splits"][evaluation["headline_split"]]["metrics"][name]
     data = load_training_data(config)
     return {
-        "auc": auc["value"],
-        "auc_ci": auc["ci"],
+        name: found["value"],
+        f"{name}_ci": found["ci"],
         "slides": sum(len(splits.of(name)) for name in ("train", "val", "test")),
         "tiles": sum(data.shards.manifest(slide_id).num_tiles for slide_id in splits.split_of()),
         "ranks": config.execution.ranks,
@@ -284,33 +293,38 @@ def _predict_into(
     data: TrainingData | None,
     paths: Mapping[str, Path] | None = None,
 ) -> None:
-    """Write predictions.csv and attention/ of slides; without `data` they have no labels, and `paths` tells their files."""
-    classes = data.splits.classes if data else load_training_data(config).splits.classes
+    """Write predictions.csv, task.json and attention/ of slides; without `data` nothing is known of them, and `paths` tells their files."""
+    trained = data or load_training_data(config)
+    task = task_of_run(config, trained)
     device = choose_device(config.execution.device, Topology())
     found: list[SlidePrediction] = []
-    model = load_model(config, len(classes), dim=feature_dim(shards, slide_ids))
-    for prediction in predict_slides(config, model, shards, slide_ids, device, paths):
+    model = load_model(config, task.num_outputs, dim=feature_dim(shards, slide_ids))
+    for prediction in predict_slides(config, model, task, shards, slide_ids, device, paths):
         path = attention_path(folder, prediction.slide_id)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_attention(path, prediction.attention)
         found.append(prediction)
+    save_task(task, folder)
     split_of = data.splits.split_of() if data else {}
-    predictions = Predictions(
-        slide_ids=tuple(slide_ids),
-        patient_ids=tuple(data.table.row(slide_id).patient_id if data else slide_id for slide_id in slide_ids),
-        labels=tuple(data.table.row(slide_id).label if data else None for slide_id in slide_ids),
-        splits=tuple(split_of.get(slide_id, "new") for slide_id in slide_ids),
-        classes=classes,
-        probs_NK=torch.tensor([prediction.probs_K.tolist() for prediction in found], dtype=torch.float64).numpy(),
-    )
-    write_predictions(folder / FILE_NAME, predictions)
+    splits = tuple(split_of.get(slide_id, "new") for slide_id in slide_ids)
+    patients = tuple(data.table.row(slide_id).patient_id if data else slide_id for slide_id in slide_ids)
+    value_NP = np.array([prediction.value_P for prediction in found], dtype=np.float64)
+    if isinstance(task, Multiclass | Ordinal):
+        labels = tuple(data.table.row(slide_id).label if data else None for slide_id in slide_ids)
+        predictions = Predictions(tuple(slide_ids), patients, labels, splits, task.classes, value_NP)
+        write_predictions(folder / FILE_NAME, predictions)
+        return
+    target_NX = np.full((len(found), task.num_targets), np.nan)
+    if data:
+        target_NX = read_targets(config.science.task, data.table, slide_ids).numpy()
+    write_values(folder / FILE_NAME, Values(tuple(slide_ids), patients, splits, task, target_NX, value_NP))
 
 
 def _saliency_model(config: RunConfig) -> SlideModel:
     """The best model of a run with a dense encoder, before anything else is done."""
     data = load_training_data(config)
     _refuse_other_checkpoint(config, data)
-    model = load_model(config, len(data.splits.classes), dim=data.dim)
+    model = load_model(config, task_of_run(config, data).num_outputs, dim=data.dim)
     refuse_tile_encoder(model, config)
     return model
 

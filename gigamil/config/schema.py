@@ -150,6 +150,23 @@ class Aggregator(Section):
     options: Options = Field(default_factory=dict, description="keyword arguments of the aggregator")
 
 
+class Task(Section):
+    """What is predicted of a slide."""
+
+    name: Literal["binary", "multiclass", "multilabel", "ordinal", "regression", "survival"] = Field(
+        "multiclass", description="binary is multiclass with two classes; ordinal: classes ascend"
+    )
+    columns: tuple[str, ...] | None = Field(
+        None, description="of the slide table; default: cohort.columns.label of classes, time and event of survival"
+    )
+    loss: str | None = Field(
+        None, description="cross_entropy or a registered name; regression: huber, mae, mse; survival: discrete, cox"
+    )
+    bins: Annotated[int, Field(ge=2, le=100)] = Field(4, description="of time, for survival with loss discrete")
+    label_smoothing: BelowOne = Field(0.0, description="share of a class label that is spread over all classes")
+    focal_gamma: NonNegative = Field(0.0, description="mutes slides that are easy: exponent of 1 - p; 0: none")
+
+
 class Augment(Section):
     """Tile augmentation in training; the parameters of a tile depend on (seed, step, slide, tile) only."""
 
@@ -184,13 +201,17 @@ class Science(Section):
     encoder: Encoder = Encoder()
     aggregator: Aggregator = Aggregator()
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="dropout on the slide embedding")
-    loss: str = Field("cross_entropy", description="cross_entropy or a registered name")
+    task: Task = Task()
     class_weights: Literal["none", "balanced"] | tuple[Positive, ...] = "balanced"
     augment: Augment = Augment()
     optim: Optim = Optim()
     epochs: Count = 20
     slides_per_step: Count = Field(4, description="slides whose mean loss makes one optimiser step, over all ranks")
     precision: Literal["float32", "bfloat16"] = Field("float32", description="bfloat16: autocast, softmax in float32")
+    select: str | None = Field(
+        None,
+        description="validation metric that chooses the best epoch; default: auc, kappa, loss, c_index, by task",
+    )
     early_stop_epochs: Count | None = Field(None, description="stop after so many epochs without a better validation")
     warm_start: Path | None = Field(None, description="run folder whose best weights are the start")
     bootstrap: Annotated[int, Field(ge=100)] = Field(1000, description="resamples of patients for intervals")

@@ -7,7 +7,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -35,6 +35,7 @@ class SlideRow:
     mpp: float | None
     site: str | None
     split: str | None
+    cells: Mapping[str, str] = field(default_factory=dict)  # of all columns, as they are
 
 
 @dataclass(frozen=True)
@@ -164,6 +165,7 @@ class _Cells:
             mpp=_number(self["mpp"]),
             site=self["site"] or None,
             split=SPLIT_WORDS.get(self["split"].lower(), self["split"]) or None,
+            cells={column: text.strip() for column, text in self.record.items()},
         )
 
 

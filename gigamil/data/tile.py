@@ -17,9 +17,10 @@ from tqdm import tqdm
 
 from gigamil.config.schema import RunConfig, Slides
 from gigamil.cores import num_cores
-from gigamil.data.cohort import CohortTable, SlideRow, load_cohort
+from gigamil.data.cohort import SlideRow, load_cohort
 from gigamil.data.coords import read_positions
 from gigamil.data.split import smoke_slides
+from gigamil.data.targets import load_target_table
 from gigamil.data.workers import Died, Limits, run_isolated
 from gigamil.errors import CohortError, ConfigError, ShardError, SlideError
 from gigamil.files import replace_file
@@ -405,9 +406,9 @@ def _no_leftovers(root: Path, slide_ids: Sequence[str] | None) -> Iterator[None]
 def _wanted_rows(cfg: RunConfig) -> tuple[SlideRow, ...]:
     limit = cfg.bookkeeping.limit
     # A path that does not exist is that slide's failure, so that the others go on.
-    table: CohortTable = load_cohort(cfg.cohort, need_labels=limit is not None, need_files=False)
     if limit is None:
-        return table.rows
+        return load_cohort(cfg.cohort, need_labels=False, need_files=False).rows
+    table = load_target_table(cfg.cohort, cfg.science.task)
     return tuple(table.row(slide_id) for slide_id in smoke_slides(table, cfg.cohort, limit))
 
 

@@ -10,13 +10,15 @@ from numpy.typing import NDArray
 
 from gigamil.evaluate.history import History
 from gigamil.evaluate.style import INK, MUTED, PALETTE, class_style, drawing, short_name
-from gigamil.metrics import Estimate, confusion_counts
+from gigamil.metrics.bootstrap import Estimate
+from gigamil.metrics.classification import confusion_counts
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Floats = NDArray[np.float64]
 
+METRIC_WORDS = {"auc": "AUC", "kappa": "quadratic kappa", "c_index": "C-index"}
 SMOOTHING_SHARE = 0.05  # of the steps, in the running mean of the training loss
 MOST_CLASSES_WITH_PERCENT = 8  # a larger confusion matrix shows counts only, and its class names are turned
 LONGEST_INSIDE_LEGEND = 4
@@ -104,12 +106,12 @@ def draw_confusion(
 
 
 def draw_losses(history: History, out_png: Path) -> None:
-    """Loss per step with its running mean, validation loss, and validation AUC per epoch."""
+    """Loss per step with its running mean, validation loss, and per epoch the metric that chooses the best one."""
     with drawing(out_png, 10.4, 3.8) as figure:
-        loss_axes, auc_axes = figure.subplots(1, 2, width_ratios=(3, 2), sharex=True)
+        loss_axes, score_axes = figure.subplots(1, 2, width_ratios=(3, 2), sharex=True)
         _draw_loss_panel(loss_axes, history)
-        _draw_auc_panel(auc_axes, history)
-        for axes in (loss_axes, auc_axes):
+        _draw_score_panel(score_axes, history)
+        for axes in (loss_axes, score_axes):
             axes.set_xlabel("Optimiser step")
             axes.grid(True)
 
@@ -136,22 +138,24 @@ def _draw_loss_panel(axes: "Axes", history: History) -> None:
     axes.legend(fontsize=9)
 
 
-def _draw_auc_panel(axes: "Axes", history: History) -> None:
-    axes.set_title("Validation AUC per epoch")
-    axes.set_ylim(0, 1.02)
-    if not np.isfinite(history.val_auc).any():
-        axes.text(0.5, 0.5, "no validation AUC was recorded", transform=axes.transAxes, ha="center", color=MUTED)
+def _draw_score_panel(axes: "Axes", history: History) -> None:
+    name = METRIC_WORDS.get(history.selected_by, history.selected_by)
+    axes.set_title(f"Validation {name} per epoch")
+    if not np.isfinite(history.val_score).any():
+        words = f"no validation {name} was recorded"
+        axes.text(0.5, 0.5, words, transform=axes.transAxes, ha="center", color=MUTED)
         return
-    axes.axhline(0.5, color=MUTED, linewidth=1, linestyle=(0, (4, 4)))
-    axes.text(
-        1, 0.505, "chance", transform=axes.get_yaxis_transform(), ha="right", va="bottom", color=MUTED, fontsize=9
-    )
-    axes.plot(history.epoch_step, history.val_auc, "o-", color=PALETTE[1], markersize=4, linewidth=1.6)
+    if history.selected_by in ("auc", "c_index"):
+        axes.set_ylim(0, 1.02)
+        axes.axhline(0.5, color=MUTED, linewidth=1, linestyle=(0, (4, 4)))
+        place = axes.get_yaxis_transform()
+        axes.text(1, 0.505, "chance", transform=place, ha="right", va="bottom", color=MUTED, fontsize=9)
+    axes.plot(history.epoch_step, history.val_score, "o-", color=PALETTE[1], markersize=4, linewidth=1.6)
     best = history.best_row
-    label = f"best: {history.val_auc[best]:.3f} (epoch {history.epoch[best]:.0f})"
+    label = f"best: {history.val_score[best]:.3f} (epoch {history.epoch[best]:.0f})"
     axes.plot(
         history.epoch_step[best],
-        history.val_auc[best],
+        history.val_score[best],
         "o",
         markersize=10,
         color="none",

@@ -5,7 +5,6 @@ Of features alone there is no picture of the slide: attention is then drawn on a
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,9 +18,10 @@ from gigamil.evaluate.attention_tiff import write_attention_tiff
 from gigamil.evaluate.geojson import write_geojson
 from gigamil.evaluate.heatmap_figure import STRIP_TILES, Pixels, draw_heatmap
 from gigamil.evaluate.picture import WANTED_PX, ReadTiles, read_tiles, slide_picture
-from gigamil.evaluate.predictions import FILE_NAME, Predictions, read_predictions
+from gigamil.evaluate.predictions import FILE_NAME, Predictions
 from gigamil.evaluate.saliency_figure import draw_saliency, saliency_note, write_saliency_tiff
 from gigamil.evaluate.saliency_maps import Saliency
+from gigamil.evaluate.values import Values, read_run
 from gigamil.shards.manifest import SlideManifest
 
 if TYPE_CHECKING:
@@ -68,8 +68,8 @@ def heatmap_run(
         ShardError: attention or shards of a slide are missing, damaged, or do not belong together.
     Cost: per slide a second of drawing, and one decoding of a slide of less than a few hundred tiles.
     """
-    predictions = read_predictions(run / FILE_NAME)
-    chosen = _surest(predictions, n) if slide_ids is None else list(dict.fromkeys(slide_ids))
+    predictions = read_run(run)
+    chosen = predictions.shown_first(n) if slide_ids is None else list(dict.fromkeys(slide_ids))
     unknown = [slide_id for slide_id in chosen if slide_id not in predictions.slide_ids]
     if unknown:
         raise CohortError(
@@ -83,7 +83,7 @@ def heatmap_run(
         attention = read_attention(attention_path(run, slide_id))
         _check_same_tiles(attention, shards)
         drawn = _shards_of(attention, shards, pictures) if isinstance(shards, FeatureSet) else shards
-        note = _prediction_words(predictions, row)
+        note = predictions.words(row)
         files += _heatmap_slide(
             run, attention, shards.manifest(slide_id), drawn, note, geojson_tiles, boxes.get(slide_id, ()), read
         )
@@ -129,15 +129,15 @@ def _saliency_slide(
     run: Path,
     attention: Attention,
     shards: "ShardSet",
-    predictions: Predictions,
+    predictions: Predictions | Values,
     row: int,
     read: ReadTiles | None,
     saliency: Callable[[str, int], Saliency],
 ) -> tuple[Path, Path]:
-    slide_id, called = attention.slide_id, predictions.predicted[row]
+    slide_id, (number, called) = attention.slide_id, predictions.output(row)
     png, tiff = (run / FOLDER / f"{slide_id}.saliency.{kind}" for kind in ("png", "tiff"))
-    found = saliency(slide_id, predictions.classes.index(called))
-    note = f"{_prediction_words(predictions, row)}. {saliency_note(called, found.square_px)}"
+    found = saliency(slide_id, number)
+    note = f"{predictions.words(row)}. {saliency_note(called, found.square_px)}"
     draw_saliency(*slide_picture(shards, slide_id, read), attention, found, png, title=slide_id, note=note)
     write_saliency_tiff(tiff, found)
     return png, tiff
@@ -199,25 +199,3 @@ def _is_at(attention: Attention, index: TilePlaces, within_um: float) -> bool:
 def _top_tiles(attention: Attention, read: ReadTiles) -> list[Pixels]:
     numbers = attention.number_N[attention.top(STRIP_TILES)].tolist()
     return [read(attention.slide_id, number, number + 1)[0] for number in numbers]
-
-
-def _surest(predictions: Predictions, n: int) -> list[str]:
-    """Up to n slides of the headline split: of each predicted class in turn (the last first), the most probable."""
-    split = predictions.headline_split
-    rows = [i for i in range(len(predictions)) if predictions.splits[i] == split]
-
-    def surest_first(name: str) -> list[int]:
-        called = [i for i in rows if predictions.predicted[i] == name]
-        return sorted(called, key=lambda i: (-predictions.probs_NK[i].max(), predictions.slide_ids[i]))
-
-    queues = [surest_first(name) for name in reversed(predictions.classes)]
-    turns = [i for turn in zip_longest(*queues) for i in turn if i is not None]
-    return [predictions.slide_ids[i] for i in turns[:n]]
-
-
-def _prediction_words(predictions: Predictions, row: int) -> str:
-    called = predictions.predicted[row]
-    probability = predictions.probs_NK[row].max()
-    label = predictions.labels[row]
-    truth = f", label {label}" if label is not None else ""
-    return f"Predicted {called} ({probability:.3f}){truth}, split {predictions.splits[row]}"

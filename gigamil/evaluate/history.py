@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gigamil.files import parse_object
+from gigamil.metrics.task import is_better
 
 FILE_NAME = "metrics.jsonl"
 Floats = NDArray[np.float64]
@@ -18,7 +19,8 @@ class History:
     """Curves of a training run; a value that was not written or not finite is NaN.
 
     Epochs carry the number of the last step before them, so that both kinds share one axis. Steps are those that were
-    logged (`bookkeeping.log_every`); `num_skipped` counts all steps that no rank took.
+    logged (`bookkeeping.log_every`); `num_skipped` counts all steps that no rank took. `val_score` is the metric that chooses the
+    best epoch, `selected_by` its name.
     """
 
     step: Floats
@@ -26,14 +28,17 @@ class History:
     epoch: Floats
     epoch_step: Floats
     val_loss: Floats
-    val_auc: Floats
+    val_score: Floats
+    selected_by: str
     num_skipped: int
 
     @property
     def best_row(self) -> int:
-        """Row of the epoch whose checkpoint training calls the best: highest AUC, of equals the lowest loss."""
-        auc, loss = np.nan_to_num(self.val_auc, nan=-np.inf), np.nan_to_num(self.val_loss, nan=np.inf)
-        return int(np.lexsort((loss, -auc))[0])
+        """Row of the epoch whose checkpoint training calls the best: best score, of equals the lowest loss."""
+        score, loss = np.nan_to_num(self.val_score, nan=-np.inf), np.nan_to_num(self.val_loss, nan=np.inf)
+        if not is_better(self.selected_by, 1.0, 0.0):  # the smaller the better
+            score = -np.nan_to_num(self.val_score, nan=np.inf)
+        return int(np.lexsort((loss, -score))[0])
 
 
 def read_history(path: Path) -> History:
@@ -50,13 +55,15 @@ def read_history(path: Path) -> History:
         if entry.get("kind") in lines:
             lines[entry["kind"]].append(entry)
     steps, epochs = lines["step"], lines["epoch"]
+    selected_by = str(epochs[-1].get("selected_by", "auc")) if epochs else "auc"
     return History(
         step=_column(steps, "step"),
         loss=_column(steps, "loss"),
         epoch=_column(epochs, "epoch"),
         epoch_step=_column(epochs, "step"),
         val_loss=_column(epochs, "val_loss"),
-        val_auc=_column(epochs, "val_auc"),
+        val_score=_column(epochs, f"val_{selected_by}"),
+        selected_by=selected_by,
         num_skipped=len(lines["skipped"]),
     )
 

@@ -21,10 +21,10 @@ from gigamil.models.slide_model import SlideModel, build_model, refuse_small_bag
 from gigamil.parallel.topology import Topology
 from gigamil.partition.schedule import plan_steps
 from gigamil.shards.manifest import SlideManifest
+from gigamil.tasks.task import Task
 from gigamil.train.checkpoint import CheckpointStore
 from gigamil.train.cohort import TiledSlides, check_grids, check_tiles, open_source
 from gigamil.train.dense import dense_geometry, largest_grids
-from gigamil.train.loss import losses
 from gigamil.train.plain import PlainEngine
 from gigamil.train.plan import best_chunk
 from gigamil.train.prepare import set_batchnorm
@@ -33,17 +33,18 @@ from gigamil.train.step import FEATURE_ROWS, ExactStep, Ranks
 
 @dataclass(frozen=True)
 class SlidePrediction:
-    """One slide: probability of each class, float64 (K,), and the attention of its tiles."""
+    """One slide: what is predicted, float64 (P,) (`Task.predicted_names`), and the attention of its tiles."""
 
     slide_id: str
-    probs_K: np.ndarray
+    value_P: np.ndarray
     attention: Attention
 
 
-def load_model(config: RunConfig, num_classes: int, pointer: str = "best", dim: int | None = None) -> SlideModel:
+def load_model(config: RunConfig, num_outputs: int, pointer: str = "best", dim: int | None = None) -> SlideModel:
     """The trained model of a run, in evaluation mode, on the CPU.
 
     Args:
+        num_outputs: of its task.
         pointer: "best" or "latest".
         dim: D of the features that it was trained on; None if it has an encoder.
     Raises:
@@ -53,7 +54,7 @@ def load_model(config: RunConfig, num_classes: int, pointer: str = "best", dim: 
     science = config.science
     # The checkpoint has every weight; the file that training started from may be gone.
     encoder = science.encoder.model_copy(update={"weights": None})
-    model = build_model(science.model_copy(update={"encoder": encoder}), num_classes, dim)
+    model = build_model(science.model_copy(update={"encoder": encoder}), num_outputs, dim)
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
@@ -92,6 +93,7 @@ def tiles_per_call(
 def predict_slides(
     config: RunConfig,
     model: SlideModel,
+    task: Task,
     shards: TiledSlides,
     slide_ids: Sequence[str],
     device: torch.device,
@@ -102,6 +104,7 @@ def predict_slides(
     Args:
         config: of the run that trained the model: chunk, precision, tile size.
         model: from `load_model`.
+        task: that it was trained for.
         shards: where the slides' tiles, or features, are.
         device: where to compute.
         paths: slide files by id, for `data.source: slides`; None takes those of the slide table.
@@ -125,7 +128,7 @@ def predict_slides(
     step = ExactStep(
         PlainEngine(model.to(device)),
         Ranks(topology),
-        losses[config.science.loss],
+        task.losses,
         chunk=tiles_per_call(config, model, shards, slide_ids, device) if has_encoder else FEATURE_ROWS,
         num_keep=0,
         keys=DrawKeys(0, slide_ids),  # never drawn from: prediction has no dropout and no augmentation
@@ -161,7 +164,7 @@ def predict_slides(
             (weight_N / weight_N.sum()).astype(np.float32),
             *_tile_sizes(shards.manifest(slide_id)),
         )
-        yield SlidePrediction(slide_id, logits_SK[0].softmax(0).cpu().numpy(), attention)
+        yield SlidePrediction(slide_id, task.predict(logits_SK)[0].cpu().numpy(), attention)
 
 
 def _tile_sizes(manifest: SlideManifest | SlideFeatures) -> tuple[Size, Size]:

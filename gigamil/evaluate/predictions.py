@@ -8,6 +8,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +69,27 @@ class Predictions:
     def labelled(self, split: str) -> "Predictions":
         """The slides of one split whose label is known."""
         return self.take([i for i in range(len(self)) if self.splits[i] == split and self.labels[i] is not None])
+
+    def words(self, row: int) -> str:
+        """What is predicted of a slide and what is known, for a caption."""
+        truth = f", label {self.labels[row]}" if self.labels[row] is not None else ""
+        return f"Predicted {self.predicted[row]} ({self.probs_NK[row].max():.3f}){truth}, split {self.splits[row]}"
+
+    def shown_first(self, count: int) -> list[str]:
+        """Slides of the headline split: of each predicted class in turn (the last first), the most probable."""
+        rows = [i for i in range(len(self)) if self.splits[i] == self.headline_split]
+
+        def surest_first(name: str) -> list[int]:
+            called = [i for i in rows if self.predicted[i] == name]
+            return sorted(called, key=lambda i: (-self.probs_NK[i].max(), self.slide_ids[i]))
+
+        queues = [surest_first(name) for name in reversed(self.classes)]
+        turns = [i for turn in zip_longest(*queues) for i in turn if i is not None]
+        return [self.slide_ids[i] for i in turns[:count]]
+
+    def output(self, row: int) -> tuple[int, str]:
+        """Number and name of the class whose saliency is drawn: the one that is predicted."""
+        return self.classes.index(self.predicted[row]), self.predicted[row]
 
 
 def write_predictions(path: Path, predictions: Predictions) -> None:

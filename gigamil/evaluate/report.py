@@ -3,16 +3,18 @@
 It is built from files of the run folder only; what is optional and missing is named at the end of the report.
 """
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from gigamil.evaluate.heatmap import FOLDER as HEATMAPS
 from gigamil.evaluate.html import Html, image, join, page, table, tag
-from gigamil.evaluate.predictions import FILE_NAME, HEADLINE_ORDER, Predictions, read_predictions
-from gigamil.evaluate.summary import CONFUSION, FIGURES, LOSSES, ROC, Evaluation, read_evaluation, summarise
+from gigamil.evaluate.predictions import HEADLINE_ORDER, Predictions
+from gigamil.evaluate.summary import FIGURES, LOSSES, Evaluation, read_evaluation, summarise
+from gigamil.evaluate.values import Values, read_run
 from gigamil.files import parse_object, replace_file
-from gigamil.metrics import Estimate, Metrics
+from gigamil.metrics.bootstrap import Estimate, Scores
 
 REPORT_FILE = "report.html"
 FACTS_FILE = "run.json"
@@ -21,6 +23,25 @@ MOST_HEATMAPS = 24  # about 0.4 MB each
 MOST_PROBABILITIES = 4  # with more classes only the predicted one has its probability in the table
 LONG_FACT = 36
 
+METRIC_WORDS = {
+    "auc": "AUC",
+    "auprc": "Average precision",
+    "balanced_accuracy": "Balanced accuracy",
+    "f1": "F1",
+    "f1_at_threshold": "F1 at threshold",
+    "brier": "Brier score",
+    "ece": "Calibration error",
+    "kappa": "Quadratic kappa",
+    "mae": "Mean absolute error",
+    "rmse": "Root mean squared error",
+    "r2": "R2",
+    "pearson": "Pearson's correlation",
+    "spearman": "Spearman's correlation",
+    "c_index": "C-index",
+    "integrated_brier": "Integrated Brier score",
+}
+_OF_CLASSES = ("auc", "auprc", "f1", "f1_at_threshold")
+_SHARES = ("auc", "auprc", "balanced_accuracy", "f1", "f1_at_threshold", "ece", "c_index")  # 0 to 1: drawn as a bar
 SPLIT_WORDS = {"test": "Held-out (test)", "val": "Validation", "train": "Training"}
 
 
@@ -49,7 +70,7 @@ def write_report(run: Path) -> Path:
     Raises:
         CohortError: the run was not evaluated.
     """
-    evaluation, predictions = read_evaluation(run), read_predictions(run / FILE_NAME)
+    evaluation, predictions = read_evaluation(run), read_run(run)
     facts = _read_facts(run)
     name = str(facts.get("name") or run.resolve().name)
     html = page(
@@ -71,11 +92,13 @@ def write_report(run: Path) -> Path:
 
 def _lead(evaluation: Evaluation) -> Html:
     split = evaluation["headline_split"]
-    metrics = evaluation["splits"][split]
-    per_class = ", ".join(f"{count} {name}" for name, count in evaluation["slides_per_class"][split].items())
-    slides, patients = _counted(metrics["num_slides"], "slide"), _counted(metrics["num_patients"], "patient")
-    auc = tag("strong", f"AUC {_value_words(metrics['auc'])}")
-    lead = tag("p", auc, f" on {slides} of {patients} ({per_class}). Split: {_split_words(split)}.", class_="lead")
+    found = evaluation["splits"][split]
+    counts = evaluation["slides_per_class"].get(split, {})
+    per_class = f" ({', '.join(f'{count} {name}' for name, count in counts.items())})" if counts else ""
+    slides, patients = _counted(found["num_slides"], "slide"), _counted(found["num_patients"], "patient")
+    name = evaluation["headline_metric"]
+    value = tag("strong", f"{_metric_words(name)} {_value_words(found['metrics'][name])}")
+    lead = tag("p", value, f" on {slides} of {patients}{per_class}. Split: {_split_words(split)}.", class_="lead")
     if split == "test":
         return lead
     warning = "No test split was predicted: these slides were seen in training or in choosing the model, so the figures flatter."
@@ -97,28 +120,40 @@ def _facts_section(facts: dict[str, Any]) -> Html:
 
 def _metrics_section(evaluation: Evaluation) -> Html:
     classes = evaluation["classes"]
-    of = f"({classes[-1]})" if len(classes) == 2 else "(mean over classes)"
-    names = {"auc": f"AUC {of}", "balanced_accuracy": "Balanced accuracy", "f1": f"F1 {of}"}
+    of = "" if not classes else f" ({classes[-1]})" if len(classes) == 2 else " (mean over classes)"
     rows = []
     for split in _in_order(evaluation["splits"], evaluation["headline_split"]):
-        for key, name in names.items():
-            estimate: Estimate = evaluation["splits"][split][key]  # type: ignore[literal-required]
-            rows.append(("", [_split_words(split), name, *_estimate_cells(estimate)]))
+        for key, estimate in evaluation["splits"][split]["metrics"].items():
+            name = _metric_words(key) + (of if key in _OF_CLASSES else "")
+            rows.append(("", [_split_words(split), name, *_estimate_cells(estimate, is_share=key in _SHARES)]))
     method = (
         f"Intervals: 2.5th to 97.5th percentile of {evaluation['num_bootstrap']} bootstrap resamples of patients (seed "
-        f"{evaluation['seed']}); all slides of a patient are drawn together. A slide counts as its most probable class."
+        f"{evaluation['seed']}); all slides of a patient are drawn together."
     )
+    if classes:
+        method += " A slide counts as its most probable class."
+    notes = [method]
+    if evaluation["threshold"] is not None:
+        notes.append(
+            f"F1 at threshold: a slide is {classes[-1]} from {evaluation['threshold']:.3f} on, chosen on validation."
+        )
     return join(
         tag("h2", "Metrics"),
         table(["Split", "Metric", "Value", "95 % interval", "0 to 1"], rows),
-        *(tag("p", words, class_="note") for words in [method, *_metric_notes(evaluation)]),
+        *(tag("p", words, class_="note") for words in [*notes, *_metric_notes(evaluation)]),
     )
 
 
-def _estimate_cells(estimate: Estimate) -> list[str]:
+def _estimate_cells(estimate: Estimate, *, is_share: bool) -> list[str]:
     value, interval = estimate["value"], estimate["ci"]
     if value is None:
         return ["undefined", "none", ""]
+    if not is_share:
+        return [
+            tag("strong", f"{value:.3g}"),
+            "none" if interval is None else f"{interval[0]:.3g} to {interval[1]:.3g}",
+            "",
+        ]
     marker = tag("b", style=f"left:{value:.1%}")
     if interval is None:
         return [tag("strong", f"{value:.3f}"), "none", tag("span", marker, class_="range")]
@@ -136,31 +171,34 @@ def _metric_notes(evaluation: Evaluation) -> list[str]:
     return [f"{', '.join(splits)}: {note}." for note, splits in holds_for.items()]
 
 
-def _split_notes(metrics: Metrics | None, num_unlabelled: int) -> list[str]:
+def _split_notes(found: Scores | None, num_unlabelled: int) -> list[str]:
     notes = [f"{_counted(num_unlabelled, 'slide')} without a label, predicted but not scored"] if num_unlabelled else []
-    if metrics is None:
+    if found is None:
         return notes
-    reasons = (metrics[key].get("reason", "") for key in ("auc", "balanced_accuracy", "f1"))
-    lost = metrics["num_bootstrap"] - metrics["num_usable"]
-    if lost and metrics["auc"]["ci"]:
-        notes.append(f"{lost} resamples were left out, because a class had no slide in them")
-    return [*notes, *(reason for reason in dict.fromkeys(reasons) if reason)]
+    by_reason: dict[str, list[str]] = {}
+    for name, estimate in found["metrics"].items():
+        lost = found["num_bootstrap"] - estimate["num_usable"]
+        reason = estimate.get("reason", "")
+        if not reason and lost:
+            reason = f"{lost} resamples were left out, because it was not defined in them"
+        if reason:
+            by_reason.setdefault(reason, []).append(_metric_words(name))
+    return [*notes, *(f"{', '.join(names)}: {reason}" for reason, names in by_reason.items())]
 
 
 def _figures_section(run: Path, evaluation: Evaluation) -> Html:
-    split = evaluation["headline_split"]
     folder = run / FIGURES
-    roc = _figure(folder / ROC, f"ROC curve, {split} split")
-    confusion = _figure(folder / CONFUSION, f"Confusion matrix, {split} split")
-    losses = _figure(folder / LOSSES, "Training") if (folder / LOSSES).is_file() else Html()
-    return join(tag("h2", "Figures"), tag("div", roc, confusion, class_="pair"), losses)
+    there = {name: caption for name, caption in evaluation["figures"].items() if (folder / name).is_file()}
+    pair = [_figure(folder / name, caption) for name, caption in there.items() if name != LOSSES]
+    losses = _figure(folder / LOSSES, there[LOSSES]) if LOSSES in there else Html()
+    return join(tag("h2", "Figures"), tag("div", *pair, class_="pair"), losses)
 
 
 def _figure(path: Path, caption: str) -> Html:
     return tag("figure", image(path, caption), tag("figcaption", caption))
 
 
-def _heatmaps_section(run: Path, predictions: Predictions) -> Html:
+def _heatmaps_section(run: Path, predictions: Predictions | Values) -> Html:
     """Pictures of slides in predictions.csv; others in the folder belong to an earlier evaluation."""
     drawn = [slide_id for slide_id in predictions.slide_ids if (run / HEATMAPS / f"{slide_id}.png").is_file()]
     if not drawn:
@@ -179,7 +217,9 @@ def _heatmaps_section(run: Path, predictions: Predictions) -> Html:
     return join(tag("h2", "Heatmaps"), tag("p", words, class_="note"), tag("div", *pictures, class_="gallery"))
 
 
-def _predictions_section(predictions: Predictions, headline: str) -> Html:
+def _predictions_section(predictions: Predictions | Values, headline: str) -> Html:
+    if isinstance(predictions, Values):
+        return _values_section(predictions, headline)
     sections: list[Html] = [tag("h2", "Predictions")]
     for split in _in_order(set(predictions.splits), headline):
         part = predictions.take([i for i in range(len(predictions)) if predictions.splits[i] == split])
@@ -188,6 +228,25 @@ def _predictions_section(predictions: Predictions, headline: str) -> Html:
         listing = tag("div", _predictions_table(part), class_="scroll")
         if split == headline:
             sections += [tag("p", words + "; wrong ones first."), listing]
+        else:
+            sections.append(tag("details", tag("summary", words), listing))
+    return join(*sections)
+
+
+def _values_section(values: Values, headline: str) -> Html:
+    sections: list[Html] = [tag("h2", "Predictions")]
+    heads = [*(f"Known {name}" for name in values.target_names), *values.task.predicted_names]
+    for split in _in_order(set(values.splits), headline):
+        rows = sorted((i for i in range(len(values)) if values.splits[i] == split), key=lambda i: values.slide_ids[i])
+        cells = []
+        for i in rows:
+            known = ["" if math.isnan(number) else f"{number:g}" for number in values.target_NX[i].tolist()]
+            said = [f"{number:.4g}" for number in values.value_NP[i].tolist()]
+            cells.append(("", [values.slide_ids[i], values.patient_ids[i], *known, *said]))
+        listing = tag("div", table(["Slide", "Patient", *heads], cells), class_="scroll")
+        words = f"{_split_words(split)}: {_counted(len(rows), 'slide')}"
+        if split == headline:
+            sections += [tag("p", words + "."), listing]
         else:
             sections.append(tag("details", tag("summary", words), listing))
     return join(*sections)
@@ -276,3 +335,11 @@ def _split_words(split: str) -> str:
 
 def _counted(count: int, word: str) -> str:
     return f"{count:,} {word}" if count == 1 else f"{count:,} {word}s"
+
+
+def _metric_words(name: str) -> str:
+    """A metric for people; of a number or label among several with its name behind."""
+    if name in METRIC_WORDS:
+        return METRIC_WORDS[name]
+    kind, _, whose = name.partition("_")
+    return f"{METRIC_WORDS.get(kind, kind)} of {whose}" if whose else name

@@ -3,16 +3,33 @@
 import json
 from collections import Counter
 from pathlib import Path
-from typing import TypedDict, cast
+from typing import Any, TypedDict, cast
+
+import numpy as np
 
 from gigamil.data.table import folded
 from gigamil.errors import CohortError
 from gigamil.evaluate.figures import draw_confusion, draw_losses, draw_roc
 from gigamil.evaluate.history import FILE_NAME as HISTORY_FILE
 from gigamil.evaluate.history import read_history
-from gigamil.evaluate.predictions import FILE_NAME, Predictions, read_predictions
+from gigamil.evaluate.predictions import FILE_NAME, Predictions
+from gigamil.evaluate.task_figures import (
+    draw_label_rocs,
+    draw_reliability,
+    draw_scatter,
+    draw_survival,
+    risk_groups,
+)
+from gigamil.evaluate.values import Values, read_run
 from gigamil.files import parse_object, replace_file
-from gigamil.metrics import Metrics, classification_metrics
+from gigamil.metrics.bootstrap import Floats, Scores, scores
+from gigamil.metrics.classification import best_threshold
+from gigamil.metrics.survival import log_rank
+from gigamil.metrics.task import headline, measure_of
+from gigamil.tasks.classification import Multiclass, Multilabel
+from gigamil.tasks.regression import Regression
+from gigamil.tasks.store import load_task
+from gigamil.tasks.task import Task
 
 EVALUATION_FILE = "evaluation.json"
 FIGURES = "figures"
@@ -20,36 +37,47 @@ ROC, CONFUSION, LOSSES = "roc.png", "confusion.png", "losses.png"
 
 
 class Evaluation(TypedDict):
-    """What evaluation.json holds. `splits[headline_split]` is the result of the run."""
+    """What evaluation.json holds. `splits[headline_split]["metrics"][headline_metric]` is the result of the run.
+
+    `threshold` is the probability from which on a slide is called positive, chosen on validation (binary tasks); `p_log_rank`
+    compares slides of higher and lower risk, by the median of the headline split (survival); `figures` are files and captions.
+    """
 
     headline_split: str
+    headline_metric: str
+    task: str
     classes: list[str]
     num_bootstrap: int
     seed: int
-    splits: dict[str, Metrics]
+    threshold: float | None
+    p_log_rank: float | None
+    splits: dict[str, Scores]
     slides_per_class: dict[str, dict[str, int]]
     num_unlabelled: dict[str, int]
+    figures: dict[str, str]
 
 
 def summarise(run: Path, *, num_bootstrap: int, seed: int) -> Evaluation:
-    """Compute the metrics of each split, write evaluation.json, and draw figures/roc, confusion and losses.
+    """Compute the metrics of each split, write evaluation.json, and draw figures/.
 
-    Slides without a label cannot be scored; `num_unlabelled` counts them. The figures are of the headline split. The
+    Slides of which nothing is known cannot be scored; `num_unlabelled` counts them. The figures are of the headline split. The
     losses are drawn where the run has metrics.jsonl (predictions of a foreign cohort come without).
 
     Raises:
-        CohortError: predictions.csv is missing or wrong, or no slide has a label.
+        CohortError: predictions.csv is missing or wrong, or no slide has a target.
     """
-    predictions = read_predictions(run / FILE_NAME)
-    if not any(predictions.labels):
+    predictions = read_run(run)
+    known = [i for i in range(len(predictions)) if _is_known(predictions, i)]
+    if not known:
         raise CohortError(
             f"'{run / FILE_NAME}': no slide has a label, so nothing can be scored. Add labels to the slide table, or "
             "use the predictions as they are."
         )
-    evaluation = _evaluate(predictions, num_bootstrap, seed)
+    task = load_task(run) or Multiclass(_classes(predictions))
+    evaluation = _evaluate(predictions, task, predictions.take(known).headline_split, num_bootstrap, seed)
+    evaluation["figures"] = _draw(run, predictions, task, evaluation)
     text = json.dumps(evaluation, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
     replace_file(run / EVALUATION_FILE, text.encode())
-    _draw(run, predictions, evaluation)
     return evaluation
 
 
@@ -65,37 +93,103 @@ def read_evaluation(run: Path) -> Evaluation:
     return cast(Evaluation, parse_object(path.read_text(encoding="utf-8"), f"'{path}'", "run `gigamil evaluate` again"))
 
 
-def _evaluate(predictions: Predictions, num_bootstrap: int, seed: int) -> Evaluation:
-    """Splits in the order of their first row; one without any labelled slide has no metrics."""
-    parts = {split: predictions.labelled(split) for split in dict.fromkeys(predictions.splits)}
-    scored = {split: part for split, part in parts.items() if len(part)}
+def targets_and_values(part: Predictions | Values) -> tuple[Floats, Floats]:
+    """Targets and predictions of labelled slides, as `measure_of` takes them."""
+    if isinstance(part, Values):
+        return part.target_NX, part.value_NP
+    return part.label_numbers[:, None].astype(np.float64), part.probs_NK
+
+
+def _evaluate(predictions: Predictions | Values, task: Task, split: str, num_bootstrap: int, seed: int) -> Evaluation:
+    """Splits in the order of their first row; one of which nothing is known has no metrics."""
+    parts = {name: predictions.labelled(name) for name in dict.fromkeys(predictions.splits)}
+    scored = {name: part for name, part in parts.items() if len(part)}
+    threshold = _threshold(task, scored)
+    found: dict[str, Any] = {}
+    for name, part in scored.items():
+        own = threshold if name != "val" else None  # where it was chosen it flatters
+        patients = [folded(patient_id) for patient_id in part.patient_ids]  # one patient, as splits have it
+        found[name] = scores(
+            measure_of(task, *targets_and_values(part), own), patients, num_bootstrap=num_bootstrap, seed=seed
+        )
+    classes = _classes(predictions)
     return Evaluation(
-        headline_split=predictions.take([i for i in range(len(predictions)) if predictions.labels[i]]).headline_split,
-        classes=list(predictions.classes),
+        headline_split=split,
+        headline_metric=headline(task),
+        task=type(task).__name__,
+        classes=list(classes),
         num_bootstrap=num_bootstrap,
         seed=seed,
-        splits={
-            split: classification_metrics(
-                part.label_numbers,
-                part.probs_NK,
-                [folded(patient_id) for patient_id in part.patient_ids],  # one patient, as splits have it
-                num_bootstrap=num_bootstrap,
-                seed=seed,
-            )
-            for split, part in scored.items()
-        },
+        threshold=threshold,
+        p_log_rank=_p_log_rank(scored[split]),
+        splits=found,
         slides_per_class={
-            split: {name: Counter(part.labels)[name] for name in predictions.classes} for split, part in scored.items()
+            name: {label: Counter(part.labels)[label] for label in classes}
+            for name, part in scored.items()
+            if isinstance(part, Predictions)
         },
-        num_unlabelled={split: predictions.splits.count(split) - len(part) for split, part in parts.items()},
+        num_unlabelled={name: predictions.splits.count(name) - len(part) for name, part in parts.items()},
+        figures={},
     )
 
 
-def _draw(run: Path, predictions: Predictions, evaluation: Evaluation) -> None:
+def _threshold(task: Task, scored: "dict[str, Predictions | Values]") -> float | None:
+    """Chosen on validation, for a binary task that has other slides to use it on."""
+    val = scored.get("val")
+    if (
+        not isinstance(task, Multiclass)
+        or len(task.classes) != 2
+        or not isinstance(val, Predictions)
+        or len(scored) < 2
+    ):
+        return None
+    return best_threshold(val.label_numbers, val.probs_NK[:, 1])
+
+
+def _p_log_rank(part: Predictions | Values) -> float | None:
+    if not isinstance(part, Values) or part.target_names != ("time", "event"):
+        return None
+    time_N, event_N = part.target_NX.T
+    p = log_rank(time_N, event_N, risk_groups(part.value_NP[:, 0]))
+    return None if isinstance(p, str) else p
+
+
+def _is_known(predictions: Predictions | Values, row: int) -> bool:
+    if isinstance(predictions, Values):
+        return bool(predictions.is_known_N[row])
+    return predictions.labels[row] is not None
+
+
+def _classes(predictions: Predictions | Values) -> tuple[str, ...]:
+    return predictions.classes if isinstance(predictions, Predictions) else ()
+
+
+def _draw(run: Path, predictions: Predictions | Values, task: Task, evaluation: Evaluation) -> dict[str, str]:
+    """Draw what a task has to show; captions by file."""
     split = evaluation["headline_split"]
-    scored = predictions.labelled(split)
-    labels_N, folder = scored.label_numbers, run / FIGURES
-    draw_roc(labels_N, scored.probs_NK, scored.classes, evaluation["splits"][split]["auc"], folder / ROC)
-    draw_confusion(labels_N, scored.probs_NK.argmax(axis=1), scored.classes, folder / CONFUSION)
+    scored, folder = predictions.labelled(split), run / FIGURES
+    found: dict[str, str] = {}
+    if isinstance(scored, Predictions):
+        labels_N, auc = scored.label_numbers, evaluation["splits"][split]["metrics"]["auc"]
+        draw_roc(labels_N, scored.probs_NK, scored.classes, auc, folder / ROC)
+        draw_confusion(labels_N, scored.probs_NK.argmax(axis=1), scored.classes, folder / CONFUSION)
+        draw_reliability(labels_N, scored.probs_NK, scored.classes, folder / "calibration.png")
+        found = {
+            ROC: f"ROC curve, {split} split",
+            CONFUSION: f"Confusion matrix, {split} split",
+            "calibration.png": f"Calibration, {split} split",
+        }
+    elif isinstance(task, Multilabel):
+        draw_label_rocs(scored.target_NX, scored.value_NP, task.labels, folder / ROC)
+        found = {ROC: f"ROC curves of the labels, {split} split"}
+    elif isinstance(task, Regression):
+        draw_scatter(scored.target_NX, scored.value_NP, task.names, folder / "scatter.png")
+        found = {"scatter.png": f"Known and predicted, {split} split"}
+    else:
+        time_N, event_N = scored.target_NX.T
+        draw_survival(time_N, event_N, scored.value_NP[:, 0], evaluation["p_log_rank"], folder / "survival.png")
+        found = {"survival.png": f"Survival by predicted risk, {split} split"}
     if (run / HISTORY_FILE).is_file():
         draw_losses(read_history(run / HISTORY_FILE), folder / LOSSES)
+        found[LOSSES] = "Training"
+    return found

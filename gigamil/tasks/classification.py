@@ -3,7 +3,6 @@
 Shapes: as in task.py; K classes or labels.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gigamil.tasks.task import Task, filled, is_class
+from gigamil.tasks.task import Task, filled, numbered
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class Multiclass(Task):
     loss: Callable[[Tensor, Tensor], Tensor] | None = None
 
     @property
-    def num_outputs(self) -> int:  # type: ignore[override]
+    def num_outputs(self) -> int:
         """A logit per class."""
         return len(self.classes)
 
@@ -45,7 +44,7 @@ class Multiclass(Task):
 
     def losses(self, output_SK: Tensor, target_SX: Tensor) -> Tensor:
         """Cross-entropy of the class."""
-        class_S, is_known_S = _class_numbers(target_SX)
+        class_S, is_known_S = numbered(target_SX)
         if self.loss is not None:
             return filled(self.loss(output_SK, class_S), is_known_S)
         log_prob_SK = functional.log_softmax(output_SK, dim=1)
@@ -58,7 +57,7 @@ class Multiclass(Task):
 
     def weights(self, target_SX: Tensor) -> Tensor:
         """Weight of the class; 0 without one."""
-        class_S, is_known_S = _class_numbers(target_SX)
+        class_S, is_known_S = numbered(target_SX)
         weight_K = torch.ones(len(self.classes), dtype=torch.float64, device=target_SX.device)
         if self.class_weights is not None:
             weight_K = torch.tensor(self.class_weights, dtype=torch.float64, device=target_SX.device)
@@ -68,11 +67,9 @@ class Multiclass(Task):
         """Probability of each class."""
         return output_SK.double().softmax(dim=1)
 
-    def problem(self, target_X: Tensor) -> str | None:
-        """A class number, or unknown (NaN)."""
-        if torch.isnan(target_X[0]) or is_class(target_X[0], len(self.classes)):
-            return None
-        return f"class {float(target_X[0]):g} is none of 0 to {len(self.classes) - 1}"
+    def class_numbers(self, target_SX: Tensor) -> Tensor | None:
+        """Class of each slide, 0 where it is not known."""
+        return numbered(target_SX)[0]
 
 
 @dataclass(frozen=True)
@@ -92,12 +89,12 @@ class Multilabel(Task):
     focus: float = 0.0
 
     @property
-    def num_outputs(self) -> int:  # type: ignore[override]
+    def num_outputs(self) -> int:
         """A logit per label."""
         return len(self.labels)
 
     @property
-    def num_targets(self) -> int:  # type: ignore[override]
+    def num_targets(self) -> int:
         """A number per label."""
         return len(self.labels)
 
@@ -127,21 +124,8 @@ class Multilabel(Task):
         """Probability of each label."""
         return output_SK.double().sigmoid()
 
-    def problem(self, target_X: Tensor) -> str | None:
-        """Each 0, 1 or unknown."""
-        for name, value in zip(self.labels, target_X.tolist(), strict=True):
-            if not math.isnan(value) and value not in (0.0, 1.0):
-                return f"label '{name}' is {value:g}, and must be 0, 1 or empty"
-        return None
-
 
 def balanced_weights(numbers: Sequence[int], num_classes: int) -> tuple[float, ...]:
     """Weight of each class so that all classes count alike: slides / (classes x slides of the class); mean 1 over slides."""
     counts_K = torch.bincount(torch.tensor(numbers), minlength=num_classes).double()
     return tuple((len(numbers) / (num_classes * counts_K.clamp(min=1))).tolist())
-
-
-def _class_numbers(target_SX: Tensor) -> tuple[Tensor, Tensor]:
-    """Class of each slide, 0 where it is not known, and whether it is."""
-    is_known_S = torch.isfinite(target_SX[:, 0])
-    return filled(target_SX[:, 0], is_known_S).long(), is_known_S

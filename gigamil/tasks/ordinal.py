@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gigamil.tasks.task import Task, filled, is_class
+from gigamil.tasks.task import Task, filled, numbered
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Ordinal(Task):
     class_weights: tuple[float, ...] | None = None
 
     @property
-    def num_outputs(self) -> int:  # type: ignore[override]
+    def num_outputs(self) -> int:
         """A logit per threshold."""
         return len(self.classes) - 1
 
@@ -41,8 +41,8 @@ class Ordinal(Task):
 
     def losses(self, output_SK: Tensor, target_SX: Tensor) -> Tensor:
         """-log P(class)."""
-        is_known_S = torch.isfinite(target_SX[:, 0])
-        class_S1 = filled(target_SX[:, 0], is_known_S)[:, None]
+        class_S, is_known_S = numbered(target_SX)
+        class_S1 = class_S[:, None]
         threshold_K = torch.arange(self.num_outputs, device=output_SK.device)
         passed_SK = (class_S1 > threshold_K).to(output_SK)
         is_asked_SK = class_S1 >= threshold_K
@@ -51,8 +51,7 @@ class Ordinal(Task):
 
     def weights(self, target_SX: Tensor) -> Tensor:
         """Weight of the class; 0 without one."""
-        is_known_S = torch.isfinite(target_SX[:, 0])
-        class_S = filled(target_SX[:, 0], is_known_S).long()
+        class_S, is_known_S = numbered(target_SX)
         weight_C = torch.ones(len(self.classes), dtype=torch.float64, device=target_SX.device)
         if self.class_weights is not None:
             weight_C = torch.tensor(self.class_weights, dtype=torch.float64, device=target_SX.device)
@@ -65,8 +64,6 @@ class Ordinal(Task):
         beyond_SC = torch.cat([one_S1, passes_SK.cumprod(dim=1)], dim=1)  # P(class >= k)
         return beyond_SC - torch.cat([beyond_SC[:, 1:], torch.zeros_like(one_S1)], dim=1)
 
-    def problem(self, target_X: Tensor) -> str | None:
-        """A class number, or unknown (NaN)."""
-        if torch.isnan(target_X[0]) or is_class(target_X[0], len(self.classes)):
-            return None
-        return f"class {float(target_X[0]):g} is none of 0 to {len(self.classes) - 1}"
+    def class_numbers(self, target_SX: Tensor) -> Tensor | None:
+        """Class of each slide, 0 where it is not known."""
+        return numbered(target_SX)[0]

@@ -3,7 +3,6 @@
 Shapes: as in task.py; X numbers of a slide, K = X outputs.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -30,12 +29,12 @@ class Regression(Task):
     loss: Literal["huber", "mae", "mse"] = "huber"
 
     @property
-    def num_outputs(self) -> int:  # type: ignore[override]
+    def num_outputs(self) -> int:
         """One per number."""
         return len(self.names)
 
     @property
-    def num_targets(self) -> int:  # type: ignore[override]
+    def num_targets(self) -> int:
         """One per number."""
         return len(self.names)
 
@@ -65,10 +64,3 @@ class Regression(Task):
         """The numbers, in their own units."""
         value_SK = output_SK.double()
         return value_SK * value_SK.new_tensor(self.deviations) + value_SK.new_tensor(self.means)
-
-    def problem(self, target_X: Tensor) -> str | None:
-        """Finite, or unknown (NaN)."""
-        for name, value in zip(self.names, target_X.tolist(), strict=True):
-            if math.isinf(value):
-                return f"'{name}' is not finite"
-        return None

@@ -5,9 +5,9 @@ A slide whose event has not come by its time is censored: of it is known only th
 Shapes: as in task.py; X = 2, B bins of time, E events.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,32 +18,12 @@ from gigamil.tasks.task import Task, filled
 
 
 @dataclass(frozen=True)
-class _Survival(Task):
-    """What both kinds have in common."""
-
-    @property
-    def num_targets(self) -> int:  # type: ignore[override]
-        """Time and event."""
-        return 2
-
-    def problem(self, target_X: Tensor) -> str | None:
-        """A time above 0 with an event of 0 or 1, or both unknown (NaN)."""
-        time, event = target_X.tolist()
-        if math.isnan(time) and math.isnan(event):
-            return None
-        if not 0 < time < float("inf"):
-            return f"time {time:g} must be a number above 0"
-        if event not in (0.0, 1.0):
-            return f"event {event:g} must be 1 (it came) or 0 (censored)"
-        return None
-
-
-@dataclass(frozen=True)
-class DiscreteSurvival(_Survival):
+class DiscreteSurvival(Task):
     """Hazards in bins of time: output b is the logit of P(event in bin b | none before), of every bin but the last.
 
-    The last bin has no end: who survives the others has its event in it. The loss of a slide is -log of the probability of what is known: of an event in bin b that it survived the bins before and
-    not b, of a censored one that it survived the bins that had ended by then. It needs one slide, so any batch size trains.
+    The last bin has no end: who survives the others has its event in it. The loss of a slide is -log of the probability of what
+    is known: of an event in bin b that it survived the bins before and not b, of a censored one that it survived the bins that
+    had ended by then. It needs one slide, so any number of slides per step trains.
 
     Args:
         edges: ends of all bins but the last, which has none; ascending, above 0 (`quantile_edges`).
@@ -53,9 +33,14 @@ class DiscreteSurvival(_Survival):
     edges: tuple[float, ...]
 
     @property
-    def num_outputs(self) -> int:  # type: ignore[override]
+    def num_outputs(self) -> int:
         """One per bin that has an end."""
         return len(self.edges)
+
+    @property
+    def num_targets(self) -> int:
+        """Time and event."""
+        return 2
 
     @property
     def predicted_names(self) -> tuple[str, ...]:
@@ -88,7 +73,7 @@ class DiscreteSurvival(_Survival):
 
 
 @dataclass(frozen=True)
-class Cox(_Survival):
+class Cox(Task):
     """Proportional hazards: the output is the logarithm of a slide's hazard, relative to the others of its step.
 
     The loss is the negative partial log-likelihood with Efron's correction for events at the same time, a mean over the events
@@ -99,8 +84,17 @@ class Cox(_Survival):
     Source: Cox 1972; Efron 1977, doi:10.1080/01621459.1977.10480613.
     """
 
-    num_outputs: int = 1
-    couples_slides: bool = True
+    couples_slides: ClassVar[bool] = True
+
+    @property
+    def num_outputs(self) -> int:
+        """The logarithm of the relative hazard."""
+        return 1
+
+    @property
+    def num_targets(self) -> int:
+        """Time and event."""
+        return 2
 
     @property
     def predicted_names(self) -> tuple[str, ...]:

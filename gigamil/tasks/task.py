@@ -4,12 +4,10 @@ Shapes: S slides, K outputs of the head, X numbers that are known of a slide (it
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
-
-from gigamil.errors import CohortError
 
 
 class Task(ABC):
@@ -19,14 +17,20 @@ class Task(ABC):
     `weights` gives w. A slide of which nothing is known has weight 0, and its loss is 0.
 
     Attributes:
-        num_outputs: K.
-        num_targets: X.
         couples_slides: the loss of a slide depends on the outputs of others of its step.
     """
 
-    num_outputs: int
-    num_targets: int = 1
-    couples_slides: bool = False
+    couples_slides: ClassVar[bool] = False
+
+    @property
+    @abstractmethod
+    def num_outputs(self) -> int:
+        """K."""
+
+    @property
+    def num_targets(self) -> int:
+        """X."""
+        return 1
 
     @abstractmethod
     def losses(self, output_SK: Tensor, target_SX: Tensor) -> Tensor:
@@ -45,31 +49,17 @@ class Task(ABC):
     def predicted_names(self) -> tuple[str, ...]:
         """Columns of predictions.csv, P of them."""
 
-    def check(self, slide_ids: Sequence[str], target_SX: Tensor) -> None:
-        """Refuse targets that make no sense.
-
-        Raises:
-            CohortError: all of them in one message, the first twenty by slide.
-        """
-        problems = [
-            f"slide '{slide_id}': {problem}"
-            for slide_id, target_X in zip(slide_ids, target_SX, strict=True)
-            if (problem := self.problem(target_X)) is not None
-        ]
-        if problems:
-            more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
-            raise CohortError(f"{len(problems)} targets cannot be used:\n  " + "\n  ".join(problems[:20]) + more)
-
-    @abstractmethod
-    def problem(self, target_X: Tensor) -> str | None:
-        """What is wrong with the target of a slide; None if nothing is."""
-
-
-def is_class(value: Tensor, num_classes: int) -> bool:
-    """A number is that of a class."""
-    return bool(torch.isfinite(value)) and float(value).is_integer() and 0 <= float(value) < num_classes
+    def class_numbers(self, target_SX: Tensor) -> Tensor | None:
+        """Class of each slide, int64 (S,), for aggregators with a loss of their own; None of a task without classes."""
+        return None
 
 
 def filled(values: Tensor, is_known: Tensor) -> Tensor:
     """Values with 0 where they are not known, so that no NaN comes near a gradient."""
     return torch.where(is_known, values, torch.zeros_like(values))
+
+
+def numbered(target_SX: Tensor) -> tuple[Tensor, Tensor]:
+    """Class of each slide, 0 where it is not known, and whether it is."""
+    is_known_S = torch.isfinite(target_SX[:, 0])
+    return filled(target_SX[:, 0], is_known_S).long(), is_known_S

@@ -6,7 +6,7 @@ Shapes: n tiles on this rank, N tiles of all slides, S slides, D embedding, K cl
 
 import inspect
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -25,9 +25,14 @@ from gigamil.models.encoder import SmallCNN, TileEncoder
 from gigamil.models.slide_model import SlideModel
 from gigamil.parallel.topology import Topology
 from gigamil.partition.schedule import StepPlan, plan_steps
+from gigamil.tasks.classification import Multiclass, Multilabel
+from gigamil.tasks.ordinal import Ordinal
+from gigamil.tasks.regression import Regression
+from gigamil.tasks.survival import Cox, DiscreteSurvival
+from gigamil.tasks.task import Task
 from gigamil.testing.compare import gradient_error, relative_error
 from gigamil.train.engine import DeepSpeedEngine, deepspeed_config, import_deepspeed, make_ranks, skip_kernel_build
-from gigamil.train.loss import cross_entropy, slide_losses
+from gigamil.train.loss import SlideLoss, cross_entropy, slide_losses
 from gigamil.train.plain import Engine, PlainEngine
 from gigamil.train.step import ExactStep, Ranks
 
@@ -60,6 +65,16 @@ OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
 }
 
 
+TASKS: dict[str, Task] = {
+    "multiclass": Multiclass(("a", "b", "c"), (1.0, 2.0, 0.5), 0.1, 2.0),
+    "multilabel": Multilabel(("x", "y"), (2.0, 0.5)),
+    "ordinal": Ordinal(("0", "1", "2", "3"), (1.0, 0.5, 2.0, 1.0)),
+    "regression": Regression(("age", "size"), (10.0, 12.0), (2.0, 3.0)),
+    "survival": DiscreteSurvival((1.5, 2.5)),
+    "cox": Cox(),
+}
+
+
 @dataclass(frozen=True)
 class Case:
     """One comparison.
@@ -75,6 +90,7 @@ class Case:
         zero_stage: None for torch alone in float64; else DeepSpeed in float32.
         bfloat16: through DeepSpeed's autocast.
         offload: optimiser state of ZeRO 1 or 2 in main memory.
+        task: of `TASKS`, with targets of which some are not known; None: plain cross-entropy with a weight per slide.
     """
 
     sizes: tuple[int, ...]
@@ -87,6 +103,7 @@ class Case:
     zero_stage: int | None = None
     bfloat16: bool = False
     offload: bool = False
+    task: str | None = None
 
 
 @dataclass
@@ -170,8 +187,23 @@ def group_sizes(num_ranks: int) -> list[int]:
 
 def large_enough(case: Case) -> Case:
     """The case with slides that its aggregator takes."""
-    least = min_tiles(build_aggregator(case.aggregator, 4 * WIDTH, NUM_CLASSES, case_options(case)))
+    least = min_tiles(build_aggregator(case.aggregator, 4 * WIDTH, num_outputs(case), case_options(case)))
     return replace(case, sizes=tuple(max(size, least) for size in case.sizes))
+
+
+def case_loss(case: Case) -> SlideLoss:
+    """The loss of the case's slides."""
+    return cross_entropy if case.task is None else TASKS[case.task].losses
+
+
+def class_of(case: Case) -> Callable[[Tensor], Tensor | None]:
+    """Targets of the case -> classes, for aggregators that look at them."""
+    return (lambda target_S: target_S) if case.task is None else TASKS[case.task].class_numbers
+
+
+def num_outputs(case: Case) -> int:
+    """K of the case's model."""
+    return NUM_CLASSES if case.task is None else TASKS[case.task].num_outputs
 
 
 def make_case_model(case: Case, dtype: torch.dtype, nudge: int = 0) -> SlideModel:
@@ -184,8 +216,8 @@ def make_case_model(case: Case, dtype: torch.dtype, nudge: int = 0) -> SlideMode
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         encoder = TileEncoder(SmallCNN(width=WIDTH, dropout=p), (0.7, 0.5, 0.6), (0.2, 0.2, 0.2))
-        aggregator = build_aggregator(case.aggregator, encoder.dim, NUM_CLASSES, case_options(case))
-        model = SlideModel(encoder, aggregator, NUM_CLASSES, p if getattr(aggregator, "out_dim", None) else 0.0)
+        aggregator = build_aggregator(case.aggregator, encoder.dim, num_outputs(case), case_options(case))
+        model = SlideModel(encoder, aggregator, num_outputs(case), p if getattr(aggregator, "out_dim", None) else 0.0)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1 + nudge * 2.0**-20)
@@ -193,14 +225,32 @@ def make_case_model(case: Case, dtype: torch.dtype, nudge: int = 0) -> SlideMode
 
 
 def make_case_tiles(case: Case) -> tuple[list[Tensor], Tensor, Tensor]:
-    """uint8 tiles of each slide, label and weight of each slide."""
+    """uint8 tiles of each slide, target and weight of each slide."""
     generator = np.random.default_rng(SEED)
     images = [
         torch.from_numpy(generator.integers(0, 256, (size, TILE_PX, TILE_PX, 3), dtype=np.uint8)) for size in case.sizes
     ]
-    label_S = torch.arange(len(case.sizes)) % NUM_CLASSES
-    weight_S = torch.linspace(0.5, 2.0, len(case.sizes), dtype=torch.float64)
-    return images, label_S, weight_S
+    if case.task is None:
+        weight_S = torch.linspace(0.5, 2.0, len(case.sizes), dtype=torch.float64)
+        return images, torch.arange(len(case.sizes)) % NUM_CLASSES, weight_S
+    target_SX = case_targets(TASKS[case.task], len(case.sizes))
+    return images, target_SX, TASKS[case.task].weights(target_SX)
+
+
+def case_targets(task: Task, num_slides: int) -> Tensor:
+    """What is known of slides, float64 (S, X): of the second of three nothing, or of several numbers half."""
+    number_S1 = torch.arange(num_slides, dtype=torch.float64)[:, None]
+    number_X = torch.arange(task.num_targets, dtype=torch.float64)
+    if isinstance(task, Cox | DiscreteSurvival):  # two at one time, the last one censored
+        target_SX = torch.cat([(number_S1 // 2 + 1), (number_S1 < max(1, num_slides - 1)).double()], dim=1)
+    elif isinstance(task, Regression):
+        target_SX = 10 + number_S1 * (1 + number_X)
+    else:
+        most = 2 if isinstance(task, Multilabel) else len(task.classes)  # type: ignore[attr-defined]
+        target_SX = (number_S1 + number_X) % most
+    if num_slides > 2:
+        target_SX[1, : max(1, (task.num_targets + 1) // 2)] = torch.nan
+    return target_SX
 
 
 def make_plan(case: Case, num_groups: int) -> StepPlan:
@@ -228,12 +278,12 @@ def reference(case: Case, dtype: torch.dtype = torch.float64, factor: float = 1.
         nudge: as in `make_case_model`.
     """
     model = make_case_model(case, torch.float32 if case.bfloat16 else dtype, nudge)
-    _, label_S, weight_S = make_case_tiles(case)
+    _, target_S, weight_S = make_case_tiles(case)
     embedding_ND, bag = _whole_bag(case, model, training=True)
     embedding_ND.retain_grad()
     logits_SK, pooled = model.classify(bag)
-    loss_S = slide_losses(cross_entropy, logits_SK, pooled, label_S)
-    loss = (loss_S * weight_S).sum() / weight_S.sum()
+    loss_S = slide_losses(case_loss(case), logits_SK, pooled, target_S)
+    loss = (loss_S * weight_S).sum() / (weight_S.sum() or 1.0)
     (loss * factor).backward()
     assert embedding_ND.grad is not None
     gradients = {name: gradient / factor for name, gradient in _gradients(model).items()}
@@ -249,7 +299,7 @@ def reference_prediction(case: Case) -> tuple[Tensor, Pooled]:
 
 
 def _whole_bag(case: Case, model: SlideModel, training: bool) -> tuple[Tensor, Bag]:
-    images, label_S, _ = make_case_tiles(case)
+    images, target_S, _ = make_case_tiles(case)
     slide_key_S = DrawKeys(SEED, slide_names(case)).slides(STEP, range(len(case.sizes)))
     slide_index_N = torch.repeat_interleave(torch.arange(len(case.sizes)), torch.tensor(case.sizes))
     number_N = torch.cat([torch.arange(size) for size in case.sizes])
@@ -267,7 +317,7 @@ def _whole_bag(case: Case, model: SlideModel, training: bool) -> tuple[Tensor, B
         pool=LocalPool(len(number_N)),
         tile_key_n=tile_key_N,
         slide_key_B=slide_key_S if training else None,
-        label_B=label_S if training else None,
+        label_B=class_of(case)(target_S) if training else None,
     )
 
 
@@ -275,11 +325,11 @@ def distributed(case: Case, world: World) -> Outcome:
     """The same step as training runs it, on this rank."""
     ranks = world.ranks(case.group_size)
     engine = plain_engine(case, ranks) if case.zero_stage is None else deepspeed_engine(case)
-    images, label_S, weight_S = make_case_tiles(case)
+    images, target_S, weight_S = make_case_tiles(case)
     plan = make_plan(case, ranks.topology.num_groups)
     tiles = own_tiles(images, plan, ranks.topology)
     result = make_step(case, engine, ranks).train(
-        plan, tiles, label_S, weight_S, step=STEP, learning_rates=[LEARNING_RATE]
+        plan, tiles, target_S, weight_S, step=STEP, learning_rates=[LEARNING_RATE]
     )
     return Outcome(result.loss, engine.gradients, all_tile_gradients(engine.bag, plan, ranks))
 
@@ -298,11 +348,13 @@ def make_step(case: Case, engine: Engine, ranks: Ranks) -> ExactStep:
     return ExactStep(
         engine,
         ranks,
-        cross_entropy,
+        case_loss(case),
         chunk=case.chunk,
         num_keep={"all": most, "half": most // 2, "none": 0}[case.keep],
         keys=DrawKeys(SEED, slide_names(case)),
         augment=(lambda image, key: augment_tiles(image, key, AUGMENT)) if case.random else None,
+        couples=case.task is not None and TASKS[case.task].couples_slides,
+        class_of=class_of(case),
     )
 
 

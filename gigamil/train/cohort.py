@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from gigamil.config.schema import RunConfig
+from gigamil.config.schema import Task as TaskSettings
 from gigamil.data.blocks import slide_grid
 from gigamil.data.cohort import CohortTable, load_cohort
 from gigamil.data.features import FeatureSet, FeatureSource, open_features
 from gigamil.data.slide_source import SlideSource
 from gigamil.data.source import ShardSource, TileSource
 from gigamil.data.split import Splits, load_splits
+from gigamil.data.targets import load_target_table, read_targets
 from gigamil.data.threads import ReadThreads
 from gigamil.errors import CohortError, ShardError
 from gigamil.shards.cache import ShardCache
@@ -31,12 +33,12 @@ class SlideSet:
     Attributes:
         slide_ids: their ids.
         sizes: their numbers of tiles.
-        label_S: int64 classes.
+        target_SX: what is known of each, float64 (`gigamil.data.targets.read_targets`).
     """
 
     slide_ids: tuple[str, ...]
     sizes: tuple[int, ...]
-    label_S: Tensor
+    target_SX: Tensor
 
     def __len__(self) -> int:
         return len(self.slide_ids)
@@ -49,6 +51,7 @@ class TrainingData:
     table: CohortTable
     splits: Splits
     shards: TiledSlides
+    task: TaskSettings
 
     @property
     def dim(self) -> int | None:
@@ -63,9 +66,8 @@ class TrainingData:
     def slides(self, split: str) -> SlideSet:
         """The slides of a split, in the order of the table."""
         slide_ids = self.splits.of(split)
-        labels = [self.table.class_number(slide_id) for slide_id in slide_ids]
         sizes = tuple(self.shards.manifest(slide_id).num_tiles for slide_id in slide_ids)
-        return SlideSet(slide_ids, sizes, torch.tensor(labels, dtype=torch.int64))
+        return SlideSet(slide_ids, sizes, read_targets(self.task, self.table, slide_ids))
 
     def digest(self, slide_id: str) -> str:
         """Digest of a slide's tiles, or of its features."""
@@ -82,14 +84,15 @@ def load_training_data(config: RunConfig) -> TrainingData:
         CohortError: a problem in the table or a leak in the splits.
         ShardError: a slide of the splits has no shards or features, or was tiled or encoded otherwise than configured.
     """
-    table = load_cohort(config.cohort, need_files=config.data.source == "slides")
+    task = config.science.task
+    table = load_target_table(config.cohort, task, need_files=config.data.source == "slides")
     shards = open_tiles(config, table)
     path = config.bookkeeping.out / "splits.json"
     splits = load_splits(path, table, pictured_shards(config, shards), config.cohort.near_duplicates)
     if not splits.train:
         raise CohortError(f"'{path}' has no slide to train on. Run `gigamil split`.")
     check_tiles(config, shards, splits.split_of())
-    return TrainingData(table, splits, shards)
+    return TrainingData(table, splits, shards, task)
 
 
 def open_tiles(config: RunConfig, table: CohortTable) -> TiledSlides:

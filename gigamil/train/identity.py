@@ -8,6 +8,7 @@ from typing import Any
 
 from gigamil.config.load import science_digest_data
 from gigamil.config.schema import RunConfig
+from gigamil.data.targets import has_classes
 from gigamil.errors import ConfigError
 from gigamil.train.cohort import TrainingData
 
@@ -18,6 +19,9 @@ def run_identity(config: RunConfig, data: TrainingData) -> dict[str, Any]:
     digest = hashlib.sha256(data.splits.to_json().encode())
     for slide_id in sorted(data.splits.split_of()):
         digest.update(f"{slide_id} {data.digest(slide_id)}\n".encode())
+    if not has_classes(config.science.task):  # classes are in the digest of the split
+        for split in ("train", "val", "test"):
+            digest.update(repr(data.slides(split).target_SX.tolist()).encode())
     return {"science": science_digest_data(config), "data_sha256": digest.hexdigest()}
 
 

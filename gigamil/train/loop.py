@@ -21,7 +21,7 @@ from gigamil.data.pipeline import DrawKeys, StepLoader, StepTiles
 from gigamil.errors import GigamilError, Interrupted, TrainingError
 from gigamil.keyed import text_key
 from gigamil.memory.budget import chunks_to_keep, memory_budget
-from gigamil.metrics import auc
+from gigamil.metrics.task import is_better
 from gigamil.models.blocks import parameters_by_rate
 from gigamil.models.networks import has_blank_statistics
 from gigamil.models.slide_model import SlideModel, build_model
@@ -34,7 +34,6 @@ from gigamil.train.dense import dense_geometry, largest_grids
 from gigamil.train.engine import DeepSpeedEngine, TrainingState, deepspeed_config, make_optimizer
 from gigamil.train.handshake import refuse_unlike_data
 from gigamil.train.identity import refuse_other_run, run_identity
-from gigamil.train.loss import class_weights, losses
 from gigamil.train.memory import MemoryMeter, import_encoder, peak_memory_bytes
 from gigamil.train.plan import best_chunk, memory_of_shared
 from gigamil.train.prepare import prepare_model, set_batchnorm, warm_start
@@ -44,6 +43,7 @@ from gigamil.train.schedule import learning_rates
 from gigamil.train.step import FEATURE_ROWS, ExactStep, Ranks, StepResult, fit_chunk
 from gigamil.train.stragglers import AgreedShares, RankMeter, StragglerWatch, shares_by_speed
 from gigamil.train.system import sample_system
+from gigamil.train.task import chosen_metric, make_task, refuse_classless, validation_values
 
 _log = logging.getLogger("gigamil")
 _MAX_SKIPPED_IN_A_ROW = 3
@@ -56,8 +56,7 @@ class Progress:
     Attributes:
         epoch, step_in_epoch: next step to make.
         step: optimiser steps made, skipped ones included (draws and learning rates count them).
-        best_auc, best_loss, best_epoch: of validation; None before the first. Of equal AUCs the lower loss (the mean
-            cross-entropy) is better.
+        best_score, best_loss, best_epoch: of validation; None before the first. Of equal scores the lower loss is better.
         epochs_without_better: for early stopping.
         skipped_in_a_row: steps whose loss was not finite.
         num_keep: chunks whose graphs are kept; part of the state, so that a resumed run does the same work.
@@ -70,7 +69,7 @@ class Progress:
     epoch: int = 0
     step_in_epoch: int = 0
     step: int = 0
-    best_auc: float | None = None
+    best_score: float | None = None
     best_loss: float | None = None
     best_epoch: int | None = None
     epochs_without_better: int = 0
@@ -182,10 +181,10 @@ class Trainer:
         self._train, self._val = self.data.slides("train"), self.data.slides("val")
         self._identity = run_identity(self.config, self.data)
         science = self.config.science
-        self._loss = losses[science.loss]
-        num_classes = len(self.data.splits.classes)
-        self._class_weight_K = class_weights(science.class_weights, self._train.label_S.tolist(), num_classes)
-        model = build_model(science, num_classes, self.data.dim)
+        self._task = make_task(science, self.data.splits.classes, self._train.target_SX)
+        self._score_name = chosen_metric(science, self._task)
+        model = build_model(science, self._task.num_outputs, self.data.dim)
+        refuse_classless(model, self._task)
         model.train()
         self._geometry = dense_geometry(model.encoder, self.config.slides)
         if self._geometry is not None:
@@ -261,7 +260,7 @@ class Trainer:
         return ExactStep(
             self.engine,
             self._ranks,
-            self._loss,
+            self._task.losses,
             chunk=chunk,
             num_keep=num_keep,
             keys=DrawKeys(science.seed, slides.slide_ids),
@@ -270,6 +269,8 @@ class Trainer:
             pad=self.config.execution.compile and not self._is_on_features,
             turn=partial(draw_turn, settings=science.augment) if is_dense else None,
             alone=alone,
+            couples=self._task.couples_slides,
+            class_of=self._task.class_numbers,
         )
 
     def _train_epoch(self) -> None:
@@ -323,14 +324,14 @@ class Trainer:
     def _train_step(self, plan: StepPlan, tiles: StepTiles, train_encoder: bool) -> tuple[StepResult, list[float]]:
         # Layers of others draw from torch's own generator: seeded by the step, it needs no place in a checkpoint.
         torch.manual_seed(text_key(f"{self.config.science.seed}/{self.progress.step}/{self._ranks.topology.rank}"))
-        label_S = self._train.label_S[list(plan.slides)]
+        target_SX = self._train.target_SX[list(plan.slides)]
         optim = self.config.science.optim
         rates = learning_rates(optim, self.progress.step, self._num_steps, train_encoder, self._shares)
         result = self._step.train(
             plan,
             tiles,
-            label_S,
-            self._class_weight_K[label_S],
+            target_SX,
+            self._task.weights(target_SX),
             step=self.progress.step,
             learning_rates=rates,
             train_encoder=train_encoder,
@@ -346,29 +347,29 @@ class Trainer:
 
     def _finish_epoch(self) -> None:
         done = self.progress.epoch
-        score, loss = self._validate()
+        values = self._validate()
+        score, loss = values.get(self._score_name), values.get("loss")
         better = self._is_better(score, loss)
         self.progress = replace(self.progress, epoch=done + 1, step_in_epoch=0)
         if better:
-            best = replace(self.progress, best_auc=score, best_loss=loss, best_epoch=done + 1)
+            best = replace(self.progress, best_score=score, best_loss=loss, best_epoch=done + 1)
             self.progress = replace(best, epochs_without_better=0)
         else:
             self.progress = replace(self.progress, epochs_without_better=self.progress.epochs_without_better + 1)
         if self._recorder is not None:
-            values = {"val_auc": score, "val_loss": loss}
-            self._recorder.epoch(self.progress.step, done + 1, better, values)
+            self._recorder.epoch(self.progress.step, done + 1, better, values, self._score_name)
         self._save(best=better)
 
-    def _validate(self) -> tuple[float | None, float | None]:
-        """AUC and mean cross-entropy over the validation slides, equal on all ranks; None without any.
+    def _validate(self) -> dict[str, float | None]:
+        """Loss and metrics of the validation slides, equal on all ranks; None where undefined. Empty without any slide.
 
-        Cross-entropy whatever `science.loss` is: without class weights and without what an aggregator adds to the loss.
+        The loss is the task's own, without class weights and without what an aggregator adds to it.
 
         Raises:
             TrainingError: a logit or an embedding is not finite, or a tile cannot be read; on all ranks.
         """
         if not len(self._val):
-            return None, None
+            return {}
         logits = []
         loader = self._loader(self._val)
         self.engine.module.eval()
@@ -382,18 +383,16 @@ class Trainer:
         if not torch.isfinite(logits_SK).all():
             bad = [self._val.slide_ids[i] for i in torch.nonzero(~torch.isfinite(logits_SK).all(1)).flatten()]
             raise TrainingError(f"the prediction of validation slides {bad[:5]} is not finite")
-        loss = torch.nn.functional.cross_entropy(logits_SK, self._val.label_S)
-        score = auc(self._val.label_S.numpy(), logits_SK.softmax(1).numpy())
         # Ranks on unlike processors could differ in the last bit, and then on early stopping.
-        return first_rank_says(self._ranks, (score, float(loss)))
+        return first_rank_says(self._ranks, validation_values(self._task, self._val.target_SX, logits_SK))
 
     def _is_better(self, score: float | None, loss: float | None) -> bool:
-        before, before_loss = self.progress.best_auc, self.progress.best_loss
+        before, before_loss = self.progress.best_score, self.progress.best_loss
         if loss is None or before_loss is None:
             return True  # no validation slides, or the first epoch: the newest is the best known
         if score is None or before is None or score == before:
             return loss < before_loss
-        return score > before
+        return is_better(self._score_name, score, before)
 
     def _agree(self, error: Exception | None) -> None:
         minutes = (time.monotonic() - self._last_save) / 60
@@ -540,7 +539,8 @@ class Trainer:
             yield
         finally:
             final["steps"] = self.progress.step
-            final |= {"best_epoch": self.progress.best_epoch, "best_val_auc": self.progress.best_auc}
+            best = {"metric": self._score_name, "value": self.progress.best_score}
+            final |= {"best_epoch": self.progress.best_epoch, "best_val": best}
             final["peak_memory_above_start_bytes"] = self._memory_above
 
     def _report_step(

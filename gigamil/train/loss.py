@@ -1,8 +1,8 @@
 """Losses of slides, and the one place where they are scaled.
 
 Shapes: B slides of a group, K classes.
-A loss is a callable (logits_BK, label_B) -> loss_B, one number per slide. Register your own with
-`@losses.register("name")`.
+A loss is a callable (logits_BK, target_B) -> loss_B, one number per slide; for a task of classes, targets are their numbers.
+Register your own with `@losses.register("name")`.
 """
 
 from collections.abc import Callable, Sequence
@@ -40,11 +40,11 @@ def group_loss(loss_B: Tensor, weight_B: Tensor, world_weight: float, num_groups
     engine averages gradients over ranks, so over groups: each group's part is multiplied by their number.
 
     Args:
-        loss_B, weight_B: losses and class weights of the group's slides; B may be 0.
-        world_weight: sum of the weights of all slides of the step.
+        loss_B, weight_B: losses and weights of the group's slides; B may be 0.
+        world_weight: sum of the weights of all slides of the step; 0 is a step that teaches nothing.
         num_groups: G.
     """
-    return (loss_B * weight_B).sum() * (num_groups / world_weight)
+    return (loss_B * weight_B).sum() * (num_groups / world_weight if world_weight else 0.0)
 
 
 def class_weights(setting: str | Sequence[float], labels: Sequence[int], num_classes: int) -> Tensor:

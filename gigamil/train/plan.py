@@ -441,10 +441,13 @@ def plan_worlds(
 def build_planned_model(config: RunConfig) -> SlideModel:
     """The model of a run as the engine takes it, on the CPU, with a random start: a file of weights need not be there."""
     from gigamil.train.prepare import set_batchnorm  # which refuses by a plan
+    from gigamil.train.task import num_outputs
 
     encoder = config.science.encoder.model_copy(update={"weights": None})
     science = config.science.model_copy(update={"encoder": encoder})
-    model = build_model(science, len(config.cohort.classes or (0, 1)), _feature_dim(config)).train()
+    model = build_model(
+        science, num_outputs(science.task, len(config.cohort.classes or (0, 1))), _feature_dim(config)
+    ).train()
     if isinstance(model.encoder, TileEncoder):
         set_batchnorm(model.encoder, config.execution)
     return model

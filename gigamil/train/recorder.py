@@ -90,12 +90,19 @@ class Recorder:
         self._write("skipped", step=step, slides=list(slide_ids))
         _log.warning("step %d skipped on all ranks: loss or gradient not finite, slides %s", step, list(slide_ids))
 
-    def epoch(self, step: int, epoch: int, better: bool, values: Mapping[str, float | None]) -> None:
-        """Validation after an epoch."""
-        self._write("epoch", epoch=epoch, step=step, better=better, **values)
+    def epoch(self, step: int, epoch: int, better: bool, values: Mapping[str, float | None], selected_by: str) -> None:
+        """Validation after an epoch.
+
+        Args:
+            values: by metric; empty without validation slides.
+            selected_by: the metric that chooses the best epoch.
+        """
+        named = {f"val_{name}": value for name, value in values.items()}
+        self._write("epoch", epoch=epoch, step=step, better=better, selected_by=selected_by, **named)
         if self._config.bookkeeping.progress:
-            known = {f"val/{name[4:]}": value for name, value in values.items() if value is not None}
-            words = ", ".join(f"{name} {value:.4f}" for name, value in known.items()) or "no validation slides"
+            shown = {name: values.get(name) for name in dict.fromkeys((selected_by, "loss"))}
+            known = [f"val/{name} {value:.4f}" for name, value in shown.items() if value is not None]
+            words = ", ".join(known) or "no validation slides"
             tqdm.write(f"epoch {epoch}: {words}{' (best so far)' if better else ''}")
 
     def ranks(

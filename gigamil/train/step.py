@@ -21,7 +21,7 @@ from gigamil.data.blocks import BlockImages, Turn
 from gigamil.data.images import ChunkFeed
 from gigamil.data.pipeline import DrawKeys, StepTiles
 from gigamil.data.rows import SlideRows
-from gigamil.errors import TrainingError
+from gigamil.errors import ConfigError, TrainingError
 from gigamil.memory.geometry import Geometry
 from gigamil.memory.peak import LiveBytes
 from gigamil.memory.replay import EncodedChunk, chunk_with_graph, cotangent_product, encode_chunk
@@ -148,7 +148,7 @@ class ExactStep:
     Args:
         engine: model, gradients and optimiser.
         ranks: who pools with whom.
-        loss: (logits, label) -> one number per slide.
+        loss: (logits, target) -> one number per slide.
         chunk: tiles per encoder call. Halved on a rank whose device runs out of memory.
         num_keep: chunks whose graphs are kept for backward; the others are encoded twice.
         keys: draws of augmentation and dropout, and names of the slides.
@@ -158,6 +158,8 @@ class ExactStep:
         turn: slide key -> how a slide is laid in training, for a dense encoder; `augment` is then given blocks, and the
             keys of their slides.
         alone: entered around the work that a rank does without the others (but for `SlideRows`), to measure it.
+        couples: the loss of a slide depends on the logits of others of its step: they are gathered over all groups.
+        class_of: targets -> classes, for aggregators with a loss of their own; None of targets that have none.
     Cost: with kept fraction f of the chunks, (4 - f) encoder forwards per tile; the head runs once. The aggregator's
         reductions (docs/aggregators.md), one of S numbers, and the engine's gradient reduction. On a GPU the first wait
         for it is for the norm, after the last backward.
@@ -178,9 +180,13 @@ class ExactStep:
         pad: bool = False,
         turn: Callable[[int], Turn] | None = None,
         alone: Callable[[], AbstractContextManager[None]] = nullcontext,
+        couples: bool = False,
+        class_of: Callable[[Tensor], Tensor | None] = lambda label_B: label_B,
     ) -> None:
         self._turn = turn
         self._alone = alone
+        self._couples = couples
+        self._class_of = class_of
         self.engine = engine
         self.chunk = chunk
         self.num_keep = num_keep
@@ -195,7 +201,7 @@ class ExactStep:
         self,
         plan: StepPlan,
         tiles: StepTiles,
-        label_S: Tensor,
+        target_S: Tensor,
         weight_S: Tensor,
         *,
         step: int,
@@ -207,7 +213,8 @@ class ExactStep:
         Args:
             plan: the step's slides; equal on all ranks.
             tiles: this rank's tiles of it.
-            label_S, weight_S: class and weight of each slide of the plan, int64 and float64.
+            target_S: what is known of each slide of the plan: classes, int64 (S,), or numbers, float64 (S, X).
+            weight_S: of each slide, float64; all 0 is a step that teaches nothing.
             step: number of the optimiser step, for the draws.
             learning_rates: one per parameter group.
             train_encoder: False leaves the encoder without a gradient (its learning rate must be 0).
@@ -218,7 +225,7 @@ class ExactStep:
             calls = self._calls(plan, tiles, self._keys.slides(step, plan.slides))
             try:
                 with calls:
-                    return self._train(calls, label_S, weight_S, learning_rates, train_encoder)
+                    return self._train(calls, target_S, weight_S, learning_rates, train_encoder)
             except OutOfMemory as error:
                 tried = error.tried
             self._halve(tried)  # outside of `except`: until then the error's frames hold the step's tensors
@@ -237,20 +244,18 @@ class ExactStep:
     def _train(
         self,
         calls: "_Calls",
-        label_S: Tensor,
+        target_S: Tensor,
         weight_S: Tensor,
         learning_rates: Sequence[float],
         train_encoder: bool,
     ) -> StepResult:
         topology, plan = self._ranks.topology, calls.plan
         mine = list(plan.groups[topology.group])
-        label_B = label_S[mine].to(self.engine.device, non_blocking=True)
+        target_S = target_S.to(self.engine.device, non_blocking=True)
         with self.engine.gathered():
-            forward = self._forward(calls, label_B, keep=train_encoder)
-            if not mine:  # the blank slide
-                label_B = label_B.new_zeros(1)
-            loss_B = slide_losses(self._loss, forward.logits_BK, forward.pooled, label_B)
-            weight_B = weight_S[mine].to(loss_B, non_blocking=True) if mine else torch.zeros_like(loss_B)
+            forward = self._forward(calls, self._class_of(target_S[mine]), is_training=True, keep=train_encoder)
+            loss_B, scored = self._losses(forward, target_S, mine)
+            weight_B = weight_S[scored].to(loss_B, non_blocking=True) if scored else torch.zeros_like(loss_B)
             # A loss that is not finite must not pass for a gradient: 1 + 0 x inf is NaN, and a NaN anywhere skips the
             # step.
             weight_B = weight_B * (1 + 0 * loss_B.detach())
@@ -263,9 +268,9 @@ class ExactStep:
                     with self._alone():
                         self._backward_encoder(calls, forward)
         norm = self.engine.step(learning_rates)
-        slide_loss_S = self._gather_losses(loss_B, mine, len(plan.slides))
+        slide_loss_S = self._gather_losses(loss_B[mine] if self._couples else loss_B, mine, len(plan.slides))
         skipped = tuple(int(i) for i in torch.nonzero(~torch.isfinite(slide_loss_S)).flatten())
-        mean_loss = float((slide_loss_S * weight_S).sum() / weight_S.sum())
+        mean_loss = float((slide_loss_S * weight_S).sum() / (weight_S.sum() or 1.0))
         if math.isfinite(norm) and not skipped:
             return StepResult(mean_loss, slide_loss_S, (), norm)
         # The gradient is the world's, so all ranks are here; no slide alone is to blame for a norm.
@@ -302,7 +307,7 @@ class ExactStep:
     def _evaluate(self, calls: "_Calls") -> tuple[Tensor, Tensor]:
         plan, mine = calls.plan, list(calls.plan.groups[self._ranks.topology.group])
         with self.engine.gathered():
-            forward = self._forward(calls, None, keep=False)
+            forward = self._forward(calls, None, is_training=False, keep=False)
         logits_SK = forward.logits_BK.new_zeros((len(plan.slides), forward.logits_BK.shape[1]), dtype=torch.float64)
         if self._ranks.topology.group_rank == 0:  # one rank of each group speaks for it
             logits_SK[mine] = forward.logits_BK.double()[: len(mine)]
@@ -314,13 +319,42 @@ class ExactStep:
             raise TrainingError(f"slide '{slide_id}': the embedding of tile {bad_tile[1]} is not finite")
         return logits_SK, _attention(forward)
 
-    def _forward(self, calls: "_Calls", label_B: Tensor | None, keep: bool) -> _Pass:
+    def _losses(self, forward: _Pass, target_S: Tensor, mine: list[int]) -> tuple[Tensor, list[int]]:
+        """Losses, and the positions of their slides in the step: the group's, or all of them if they depend on each other.
+
+        Raises:
+            ConfigError: losses of pairs of slides, and an aggregator that learns from parts of one; on all ranks.
+        """
+        logits_BK, pooled = forward.logits_BK, forward.pooled
+        if not self._couples:
+            target_B = target_S[mine] if mine else _blank_target(target_S)
+            return slide_losses(self._loss, logits_BK, pooled, target_B), mine
+        if pooled.extra_logits_MK is not None or pooled.loss_B is not None:
+            aggregator = type(self.engine.module.aggregator).__name__
+            raise ConfigError(
+                f"{aggregator} learns from parts of slides, and a loss that compares slides (cox) has nothing to say of them. Choose "
+                "another science.aggregator, or science.task.loss: discrete."
+            )
+        everyone = list(range(len(target_S)))
+        return self._loss(self._gather_logits(logits_BK, mine, len(everyone)), target_S) * pooled.weight, everyone
+
+    def _gather_logits(self, logits_BK: Tensor, mine: list[int], num_slides: int) -> Tensor:
+        """Logits of all slides of the step, (S, K), equal on all ranks; a gradient goes to those of the own group only."""
+        logits_SK = logits_BK.new_zeros((num_slides, logits_BK.shape[1]))
+        if self._ranks.topology.group_rank == 0:  # one rank of each group speaks for it
+            logits_SK[mine] = logits_BK.detach()[: len(mine)]
+        logits_SK = self._ranks.sum_world(logits_SK)
+        if not mine:  # the blank slide's graph, with the same calls as the others'
+            return logits_SK + 0 * logits_BK.sum()
+        return logits_SK.index_copy(0, torch.tensor(mine, device=logits_SK.device), logits_BK)
+
+    def _forward(self, calls: "_Calls", label_B: Tensor | None, *, is_training: bool, keep: bool) -> _Pass:
         plan, group = calls.plan, self._ranks.topology.group
         with self._alone():
             chunks, embedding_nD = calls.encode_all(keep)
         embedding_nD.requires_grad_(torch.is_grad_enabled())
         if not plan.groups[group]:
-            return self._forward_blank(chunks, embedding_nD, label_B)
+            return self._forward_blank(chunks, embedding_nD, is_training and label_B is not None, is_training)
         bag = Bag(
             embedding_nD=embedding_nD,
             position_n2=calls.tiles.position_n2.to(self.engine.device, non_blocking=True),
@@ -333,12 +367,13 @@ class ExactStep:
         logits_BK, pooled = self.engine.classify(bag)
         return _Pass(chunks, embedding_nD, bag, logits_BK, pooled)
 
-    def _forward_blank(self, chunks: list[EncodedChunk], embedding_nD: Tensor, label_B: Tensor | None) -> _Pass:
+    def _forward_blank(
+        self, chunks: list[EncodedChunk], embedding_nD: Tensor, has_classes: bool, is_training: bool
+    ) -> _Pass:
         """A group without slides makes the same calls as the others, on one blank slide that nobody looks at."""
         topology, device = self._ranks.topology, self.engine.device
         size = min_tiles(self.engine.module.aggregator)  # type: ignore[arg-type]
         own = size if topology.group_rank == 0 else 0
-        is_training = label_B is not None
         bag = Bag(
             embedding_nD=torch.cat([embedding_nD, embedding_nD.new_zeros((own, embedding_nD.shape[1]))]),
             position_n2=torch.zeros((own, 2), dtype=torch.float64, device=device),
@@ -346,7 +381,7 @@ class ExactStep:
             pool=self._ranks.pool([size] + [0] * (topology.group_size - 1)),
             tile_key_n=torch.zeros(own, dtype=torch.int64, device=device) if is_training else None,
             slide_key_B=torch.zeros(1, dtype=torch.int64, device=device) if is_training else None,
-            label_B=torch.zeros(1, dtype=torch.int64, device=device) if is_training else None,
+            label_B=torch.zeros(1, dtype=torch.int64, device=device) if has_classes else None,
         )
         logits_BK, pooled = self.engine.classify(bag)
         return _Pass(chunks, embedding_nD, bag, logits_BK, pooled)
@@ -399,6 +434,13 @@ class ExactStep:
         if self._ranks.topology.group_rank == 0:
             loss_S[mine] = loss_B.detach().double()[: len(mine)]
         return self._ranks.sum_world(loss_S).cpu()
+
+
+def _blank_target(target_S: Tensor) -> Tensor:
+    """The target of a slide that nobody looks at: the first class, or nothing known."""
+    if target_S.is_floating_point():
+        return target_S.new_full((1, *target_S.shape[1:]), math.nan)
+    return target_S.new_zeros(1)
 
 
 class _Calls:

@@ -150,8 +150,8 @@ def _evaluation_metrics(path: Path, step: int) -> list[Metric]:
     return [
         Metric(f"{split}/{name}", float(estimate["value"]), step, time_ms)
         for split, values in json.loads(path.read_text(encoding="utf-8"))["splits"].items()
-        for name, estimate in values.items()
-        if name in ("auc", "balanced_accuracy", "f1") and estimate["value"] is not None
+        for name, estimate in values["metrics"].items()
+        if estimate["value"] is not None
     ]
 
 

@@ -46,6 +46,7 @@ class ClamSingleBranch(nn.Module):
     """
 
     per_class: ClassVar[bool] = False
+    needs_classes: ClassVar[bool] = True
 
     def __init__(
         self,

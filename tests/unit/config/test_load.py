@@ -261,7 +261,7 @@ def test_group_size_has_to_divide_the_ranks() -> None:
 
 def test_every_section_is_frozen_and_closed() -> None:
     sections = list(_sections(RunConfig()))
-    assert len(sections) == 12
+    assert len(sections) == 13
     for section in sections:
         name = next(iter(type(section).model_fields))
         with pytest.raises(ValidationError, match="frozen"):

@@ -11,7 +11,7 @@ from sklearn.metrics import roc_curve
 
 from gigamil.evaluate.figures import draw_confusion, draw_losses, draw_roc, roc_points
 from gigamil.evaluate.history import History
-from gigamil.metrics import Estimate
+from gigamil.metrics.bootstrap import Estimate
 
 KNOWN = Estimate(value=0.9, ci=[0.8, 1.0])
 UNKNOWN = Estimate(value=None, ci=None, reason="no slide of class number 1")
@@ -34,6 +34,7 @@ def history(num_steps: int, num_epochs: int) -> History:
         at_step,
         at_step * 0 + 0.5,
         at_step * 0 + 1,
+        "auc",
         1,
     )
 

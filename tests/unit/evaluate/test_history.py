@@ -23,7 +23,7 @@ def test_epochs_lie_at_their_last_step(tmp_path: Path) -> None:
     assert found.loss.tolist() == [1, 1 / 2, 1 / 3, 1 / 4]
     assert found.epoch.tolist() == [1, 2]
     assert found.epoch_step.tolist() == [2, 4]
-    assert found.val_auc.tolist() == [0.6, 0.7]
+    assert found.val_score.tolist() == [0.6, 0.7]
     assert found.num_skipped == 0
 
 
@@ -47,7 +47,7 @@ def test_missing_and_non_finite_values_are_nan(tmp_path: Path) -> None:
     lines = [{"kind": "step", "step": 1, "loss": None}, {"kind": "step", "step": 2, "loss": float("nan")}]
     found = read_history(write(tmp_path / "m", *lines, {"kind": "epoch", "epoch": 1, "val_auc": None}))
     assert np.isnan(found.loss).tolist() == [True, True]
-    assert np.isnan([*found.val_auc, *found.val_loss]).tolist() == [True, True]
+    assert np.isnan([*found.val_score, *found.val_loss]).tolist() == [True, True]
 
 
 def test_a_line_that_was_being_written_is_left_out(tmp_path: Path) -> None:
@@ -66,3 +66,13 @@ def test_of_equal_aucs_the_lower_loss_is_the_best_as_in_training(tmp_path: Path)
     values = [(0.5, 0.1), (1.0, 0.7), (1.0, 0.2), (1.0, 0.3), (None, None)]
     lines = [{"kind": "epoch", "epoch": n, "val_auc": a, "val_loss": b} for n, (a, b) in enumerate(values, start=1)]
     assert read_history(write(tmp_path / "m", *lines)).best_row == 2
+
+
+def test_the_metric_that_chose_is_the_one_that_is_shown(tmp_path: Path) -> None:
+    values = [(3.0, 0.5), (1.0, 0.5), (2.0, 0.5)]
+    lines = [
+        {"kind": "epoch", "epoch": n, "val_mae": mae, "val_loss": loss, "selected_by": "mae"}
+        for n, (mae, loss) in enumerate(values, start=1)
+    ]
+    found = read_history(write(tmp_path / "m", *lines))
+    assert (found.selected_by, found.val_score.tolist(), found.best_row) == ("mae", [3.0, 1.0, 2.0], 1)

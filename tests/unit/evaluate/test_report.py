@@ -12,8 +12,10 @@ import pytest
 from gigamil.errors import CohortError
 from gigamil.evaluate import evaluate_run, heatmap_run, write_report
 from gigamil.evaluate.predictions import FILE_NAME, Predictions, write_predictions
-from gigamil.metrics import classification_metrics
+from gigamil.metrics.bootstrap import scores
+from gigamil.metrics.task import measure_of
 from gigamil.shards.read import ShardSet
+from gigamil.tasks.classification import Multiclass
 
 HOSTILE = "<script>alert('x')</script>&\"$"
 
@@ -66,10 +68,11 @@ def test_evaluation_is_that_of_each_split(run: Path, predictions: Predictions) -
     assert found == json.loads((run / "evaluation.json").read_text())
     assert (found["headline_split"], list(found["splits"])) == ("test", ["train", "val", "test"])
     test = predictions.labelled("test")
-    again = classification_metrics(test.label_numbers, test.probs_NK, test.patient_ids, num_bootstrap=100, seed=3)
-    assert found["splits"]["test"] == again
+    measure = measure_of(Multiclass(test.classes), test.label_numbers[:, None], test.probs_NK, found["threshold"])
+    assert found["splits"]["test"] == scores(measure, test.patient_ids, num_bootstrap=100, seed=3)
+    assert (found["headline_metric"], found["task"]) == ("auc", "Multiclass")
     assert found["slides_per_class"]["test"] == {"normal": 2, "tumour": 2}
-    assert sorted(path.name for path in (run / "figures").iterdir()) == ["confusion.png", "roc.png"]
+    assert sorted(path.name for path in (run / "figures").iterdir()) == ["calibration.png", "confusion.png", "roc.png"]
 
 
 def test_a_patient_spelled_in_two_ways_is_drawn_as_one(run: Path, predictions: Predictions) -> None:
@@ -92,11 +95,12 @@ def test_report_shows_facts_metrics_figures_heatmaps_and_predictions(run: Path, 
     assert pictures == [
         "ROC curve, test split",
         "Confusion matrix, test split",
+        "Calibration, test split",
         "Training",
         "Attention of slide s02",
         "Attention of slide s11",
     ]
-    balanced = found["splits"]["test"]["balanced_accuracy"]
+    balanced = found["splits"]["test"]["metrics"]["balanced_accuracy"]
     assert balanced["value"] == 0.75
     assert balanced["ci"] is not None
     assert f"{balanced['ci'][0]:.3f} to {balanced['ci'][1]:.3f}" in page.text
@@ -189,7 +193,7 @@ def test_no_label_at_all_is_an_error(run: Path, predictions: Predictions) -> Non
 def test_an_undefined_metric_is_reported_as_such(run: Path, predictions: Predictions) -> None:
     write_predictions(run / FILE_NAME, predictions.take([2, 8]))
     found = evaluate_run(run, num_bootstrap=100, seed=0)
-    assert found["splits"]["test"]["auc"]["value"] is None
+    assert found["splits"]["test"]["metrics"]["auc"]["value"] is None
     text = report_of(run).text
     assert "AUC undefined" in text
     assert "no slide of class number 1" in text

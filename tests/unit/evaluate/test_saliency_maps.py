@@ -19,6 +19,7 @@ from gigamil.evaluate.saliency_figure import write_saliency_tiff
 from gigamil.evaluate.saliency_maps import MOST_SQUARES, Saliencies, Saliency, _square_px, refuse_tile_encoder
 from gigamil.models.slide_model import SlideModel, build_model
 from gigamil.shards.read import ShardSet
+from gigamil.tasks.classification import Multiclass
 from gigamil.testing.tiff import write_pyramid_tiff
 from gigamil.train.cohort import open_source
 
@@ -137,13 +138,13 @@ def test_blocks_are_as_large_as_the_memory_of_this_machine_lets_them_be(
         monkeypatch.setattr("gigamil.train.plan.free_device_memory", lambda *_: free)
         inputs: list[int] = []
         hook = model.encoder.network.register_forward_pre_hook(lambda _, images: inputs.append(images[0][0, 0].numel()))
-        (prediction,) = predict_slides(config, model, shards, ["a"], CPU)
+        (prediction,) = predict_slides(config, model, Multiclass(("no", "yes")), shards, ["a"], CPU)
         sizes.append(max(inputs))
         inputs.clear()
         saliency = Saliencies(config, model, shards, CPU)("a", 0)  # of parameters without gradients, the second time
         sizes.append(max(inputs))
         hook.remove()
-        return prediction.probs_K, saliency.value_hw
+        return prediction.value_P, saliency.value_hw
 
     much, little = called(8 * 10**9), called(10**6)
     whole, tile = 224 * 320, (3 * TILE_PX) ** 2  # the slide, and what a tile in its midst looks at

@@ -31,5 +31,5 @@ def test_weights_and_unknown_grades() -> None:
     target_SX = torch.tensor([[2.0], [math.nan], [1.0]])
     assert task.weights(target_SX).tolist() == [2.0, 0.0, 3.0]
     assert task.losses(torch.ones(3, 2), target_SX)[1] == 0
-    assert task.problem(torch.tensor([3.0])) == "class 3 is none of 0 to 2"
+    assert task.class_numbers(target_SX).tolist() == [2, 0, 1]
     assert task.predicted_names == ("prob_0", "prob_1", "prob_2")

@@ -36,5 +36,3 @@ def test_what_is_not_known_counts_for_nothing() -> None:
     (loss_S * weight_S).sum().backward()
     assert output_SK.grad is not None
     assert ((output_SK.grad != 0) == torch.isfinite(target_SX)).all()
-    assert task.problem(torch.tensor([1.0, math.inf])) == "'y' is not finite"
-    assert task.problem(torch.tensor([1.0, NAN])) is None

@@ -133,19 +133,3 @@ class TestCox:
         assert risk_S1.grad is not None
         assert risk_S1.grad.tolist() == [[0.0], [0.0]]
         assert Cox().weights(target_SX).sum() == 0
-
-
-@pytest.mark.parametrize(
-    ("time", "event", "words"),
-    [
-        (-1.0, 1.0, "time -1 must be a number above 0"),
-        (NAN, 1.0, "time nan must be a number above 0"),
-        (math.inf, 0.0, "time inf must be a number above 0"),
-        (1.0, 2.0, "event 2 must be 1 (it came) or 0 (censored)"),
-        (1.0, NAN, "event nan must be 1 (it came) or 0 (censored)"),
-        (1.0, 1.0, None),
-        (NAN, NAN, None),
-    ],
-)
-def test_targets_are_checked(time: float, event: float, words: str | None) -> None:
-    assert Cox().problem(torch.tensor([time, event])) == words

@@ -42,7 +42,7 @@ def test_sizes_and_labels_are_those_of_the_slides(config: RunConfig) -> None:
         slides = data.slides(split)
         assert len(slides) == (4 if split == "train" else 2)
         assert slides.sizes == tuple(SIZES[slide_id] for slide_id in slides.slide_ids)
-        assert slides.label_S.tolist() == [int(slide_id.endswith("2")) for slide_id in slides.slide_ids]
+        assert slides.target_SX.tolist() == [[float(slide_id.endswith("2"))] for slide_id in slides.slide_ids]
         seen += slides.slide_ids
     assert sorted(seen) == sorted(SIZES)
 

@@ -58,7 +58,8 @@ def train(out: Path, status: str = "finished", steps: int = 300) -> None:
     (out / "checkpoints" / "best").write_text("000001-step-00000300\n")
     (out / "checkpoints" / "000001-step-00000300" / "manifest.json").write_text("{}")
     (out / "report.html").write_text("<p>")
-    parts = {"auc": {"value": 0.9}, "balanced_accuracy": {"value": 0.8}, "f1": {"value": None}, "num_slides": 4}
+    values = {"auc": {"value": 0.9}, "balanced_accuracy": {"value": 0.8}, "f1": {"value": None}}
+    parts = {"metrics": values, "num_slides": 4}
     (out / "evaluation.json").write_text(json.dumps({"splits": {"test": parts}, "headline_split": "test"}))
 
 

@@ -1,0 +1,169 @@
+"""What is known of each slide: read from the columns of the slide table that the task names.
+
+Shapes: S slides, X numbers of a target, NaN where not known.
+"""
+
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from gigamil.config.schema import Cohort, Task
+from gigamil.data.cohort import CohortTable, SlideRow, load_cohort
+from gigamil.errors import CohortError, ConfigError
+
+_MAX_LISTED = 20
+
+
+def has_classes(task: Task) -> bool:
+    """Each slide is of one class, in the label column."""
+    return task.name in ("binary", "multiclass", "ordinal")
+
+
+def load_target_table(cohort: Cohort, task: Task, *, need_files: bool = False) -> CohortTable:
+    """The slide table of a task, every slide with a target that can be used.
+
+    Of a task without classes the label of a row is what splits are stratified by: "event" or "censored"; "low" or "high", by the
+    median of the first column; "all" of several labels.
+
+    Args:
+        need_files: as `load_cohort`.
+    Raises:
+        CohortError: as `load_cohort`; or targets are missing, are no numbers, or make no sense, all in one message.
+        ConfigError: columns are not named, or the table lacks them, or a binary task has another number of classes.
+    """
+    if has_classes(task):
+        if task.columns is not None:
+            cohort = _labelled_by(cohort, task)
+        table = load_cohort(cohort, need_files=need_files)
+        if task.name == "binary" and len(table.classes) != 2:
+            raise ConfigError(
+                f"science.task.name=binary, and '{cohort.table}' has the classes {', '.join(table.classes)}. Set it to multiclass, or name "
+                "two in cohort.classes."
+            )
+        return table
+    table = load_cohort(cohort, need_labels=False, need_files=need_files)
+    columns = target_columns(task)
+    lacking = [column for column in columns if column not in table.rows[0].cells]
+    if lacking:
+        raise ConfigError(
+            f"'{cohort.table}' has no column {', '.join(map(repr, lacking))} for science.task.name={task.name}. Set science.task.columns "
+            f"to some of: {', '.join(table.rows[0].cells)}"
+        )
+    problems = [problem for row in table.rows for problem in _problems(task, row, columns)]
+    if problems:
+        more = f"\n  and {len(problems) - _MAX_LISTED} more" if len(problems) > _MAX_LISTED else ""
+        listed = "\n  ".join(problems[:_MAX_LISTED])
+        raise CohortError(f"'{cohort.table}' has {len(problems)} targets that cannot be used:\n  {listed}{more}")
+    if task.name == "survival" and not any(_numbers(row, columns)[1] == 1 for row in table.rows):
+        raise CohortError(
+            f"'{cohort.table}': all slides are censored (column '{columns[1]}' has no 1), so nothing can be learned"
+        )
+    strata = _strata(task, table, columns)
+    rows = tuple(replace(row, label=stratum) for row, stratum in zip(table.rows, strata, strict=True))
+    return CohortTable(rows, tuple(dict.fromkeys(_STRATA[task.name])))
+
+
+def target_columns(task: Task) -> tuple[str, ...]:
+    """Columns of a task without classes.
+
+    Raises:
+        ConfigError: they are not named, or not so many as the task takes.
+    """
+    if task.columns is None and task.name != "survival":
+        raise ConfigError(
+            f"science.task.name={task.name} needs science.task.columns: names of columns of the slide table"
+        )
+    columns = ("time", "event") if task.columns is None else task.columns
+    if task.name == "survival" and len(columns) != 2:
+        raise ConfigError(f"science.task.columns {list(columns)}: survival has two, the time and the event")
+    if not columns or len(set(columns)) < len(columns):
+        raise ConfigError(f"science.task.columns {list(columns)} must be names of columns, each once")
+    return columns
+
+
+def read_targets(task: Task, table: CohortTable, slide_ids: Sequence[str]) -> Tensor:
+    """Targets of slides, float64 (S, X): the class number, or the numbers of the columns.
+
+    Args:
+        table: from `load_target_table`.
+    """
+    if has_classes(task):
+        numbers = [[float(table.class_number(slide_id))] for slide_id in slide_ids]
+        return torch.tensor(numbers, dtype=torch.float64).reshape(len(slide_ids), 1)
+    columns = target_columns(task)
+    rows = [_numbers(table.row(slide_id), columns) for slide_id in slide_ids]
+    return torch.tensor(rows, dtype=torch.float64).reshape(len(slide_ids), len(columns))
+
+
+_STRATA = {"survival": ("censored", "event"), "regression": ("low", "high"), "multilabel": ("all",)}
+
+
+def _labelled_by(cohort: Cohort, task: Task) -> Cohort:
+    """The cohort with the task's column as its labels."""
+    if task.columns is None or len(task.columns) != 1:
+        raise ConfigError(f"science.task.columns {list(task.columns or ())}: {task.name} has one, the label")
+    columns = cohort.columns.model_copy(update={"label": task.columns[0]})
+    return cohort.model_copy(update={"columns": columns})
+
+
+def _numbers(row: SlideRow, columns: Sequence[str]) -> list[float]:
+    """Cells as numbers, those that are empty as NaN; raises ValueError."""
+    return [float(row.cells[column]) if row.cells[column] else math.nan for column in columns]
+
+
+def _problems(task: Task, row: SlideRow, columns: Sequence[str]) -> Iterator[str]:
+    wrong = False
+    for column in columns:
+        text = row.cells[column]
+        try:
+            is_number = not text or not math.isnan(float(text))
+        except ValueError:
+            is_number = False
+        if not is_number:
+            wrong = True
+            yield f"slide '{row.slide_id}': {column} {text[:60]!r} is no number; leave the cell empty where it is not known"
+    if wrong:
+        return
+    numbers = _numbers(row, columns)
+    if all(map(math.isnan, numbers)):
+        yield f"slide '{row.slide_id}' has no target: {', '.join(columns)} are empty"
+        return
+    problem = _PROBLEMS[task.name](numbers, columns)
+    if problem:
+        yield f"slide '{row.slide_id}': {problem}"
+
+
+def _survival_problem(numbers: Sequence[float], columns: Sequence[str]) -> str | None:
+    time, event = numbers
+    if not 0 < time < math.inf:
+        return f"{columns[0]} {time:g} must be a number above 0"
+    return None if event in (0.0, 1.0) else f"{columns[1]} {event:g} must be 1 (it came) or 0 (censored)"
+
+
+def _label_problem(numbers: Sequence[float], columns: Sequence[str]) -> str | None:
+    wrong = [
+        name for name, value in zip(columns, numbers, strict=True) if not math.isnan(value) and value not in (0.0, 1.0)
+    ]
+    return f"{', '.join(wrong)} must be 1 (it is there), 0 (it is not) or empty" if wrong else None
+
+
+def _number_problem(numbers: Sequence[float], columns: Sequence[str]) -> str | None:
+    wrong = [name for name, value in zip(columns, numbers, strict=True) if math.isinf(value)]
+    return f"{', '.join(wrong)} must be finite" if wrong else None
+
+
+_PROBLEMS = {"survival": _survival_problem, "multilabel": _label_problem, "regression": _number_problem}
+
+
+def _strata(task: Task, table: CohortTable, columns: Sequence[str]) -> list[str]:
+    numbers = [_numbers(row, columns) for row in table.rows]
+    if task.name == "survival":
+        return [_STRATA["survival"][int(event)] for _, event in numbers]
+    if task.name == "multilabel":
+        return ["all"] * len(numbers)
+    middle = statistics.median(first for first, *_ in numbers if not math.isnan(first))
+    return ["high" if first > middle else "low" for first, *_ in numbers]  # who is not known is with the low ones

@@ -1,0 +1,92 @@
+"""Which metrics a task has, and which of them chooses the best epoch.
+
+Shape letters: N slides, X numbers of a target, P numbers that are predicted.
+"""
+
+import numpy as np
+
+from gigamil.metrics.bootstrap import Floats, Ints, Measure, Value
+from gigamil.metrics.classification import checked_classes, class_values, label_values
+from gigamil.metrics.regression import number_values
+from gigamil.metrics.survival import survival_values
+from gigamil.tasks.classification import Multiclass, Multilabel
+from gigamil.tasks.ordinal import Ordinal
+from gigamil.tasks.regression import Regression
+from gigamil.tasks.survival import DiscreteSurvival
+from gigamil.tasks.task import Task
+
+# All others are better the larger they are.
+_SMALLER_IS_BETTER = ("loss", "brier", "ece", "mae", "rmse", "integrated_brier")
+
+
+def measure_of(task: Task, target_NX: Floats, predicted_NP: Floats, threshold: float | None = None) -> Measure:
+    """The metrics of predictions, as a function of rows.
+
+    Args:
+        task: whose predictions they are.
+        target_NX: NaN where not known; slides of whom nothing is known have to be left out before.
+        predicted_NP: by `Task.predict`.
+        threshold: of a binary task, see `class_values`.
+    Raises:
+        CohortError: a label is no class, or a probability is not finite.
+    """
+    if isinstance(task, Multiclass | Ordinal):
+        labels_N, probs_NK = checked_classes(target_NX[:, 0], predicted_NP)
+        is_ordered = isinstance(task, Ordinal)
+        return lambda row_N: class_values(labels_N[row_N], probs_NK[row_N], is_ordered=is_ordered, threshold=threshold)
+    if isinstance(task, Multilabel):
+        return lambda row_N: label_values(target_NX[row_N], predicted_NP[row_N], task.labels)
+    if isinstance(task, Regression):
+        return lambda row_N: _numbers(task, target_NX[row_N], predicted_NP[row_N])
+    edges = task.edges if isinstance(task, DiscreteSurvival) else None
+
+    def survival(row_N: Ints) -> dict[str, Value]:
+        (time_N, event_N), risk_N = target_NX[row_N].T, predicted_NP[row_N, 0]
+        if edges is None:
+            return survival_values(time_N, event_N, risk_N)
+        return survival_values(time_N, event_N, risk_N, predicted_NP[row_N, 1:], edges)
+
+    return survival
+
+
+def metric_names(task: Task) -> tuple[str, ...]:
+    """Names of the metrics that validation has, the loss included."""
+    nothing = np.zeros((0, task.num_targets)), np.zeros((0, len(task.predicted_names)))
+    if isinstance(task, Multiclass | Ordinal):
+        return (
+            "loss",
+            *class_values(nothing[0][:, 0].astype(np.int64), nothing[1], is_ordered=isinstance(task, Ordinal)),
+        )
+    return ("loss", *measure_of(task, *nothing)(np.zeros(0, dtype=np.int64)))
+
+
+def chosen_by(task: Task) -> str:
+    """The metric that chooses the best epoch, if the configuration does not say another."""
+    if isinstance(task, Regression):
+        return "loss"
+    if isinstance(task, Ordinal):
+        return "kappa"
+    return "auc" if isinstance(task, Multiclass | Multilabel) else "c_index"
+
+
+def headline(task: Task) -> str:
+    """The metric that a run is reported by; of several numbers that of the first."""
+    if isinstance(task, Regression):
+        return "pearson" if len(task.names) == 1 else f"pearson_{task.names[0]}"
+    return chosen_by(task)
+
+
+def is_better(name: str, value: float, before: float) -> bool:
+    """Whether a value of a metric is better than one before; of a number of its own by the name in front of it."""
+    smaller = name in _SMALLER_IS_BETTER or name.startswith(("mae_", "rmse_"))
+    return value < before if smaller else value > before
+
+
+def _numbers(task: Regression, target_NX: Floats, value_NX: Floats) -> dict[str, Value]:
+    """Of one number its metrics, of several those of each with its name behind."""
+    found = [number_values(target_NX[:, i], value_NX[:, i]) for i in range(len(task.names))]
+    if len(found) == 1:
+        return found[0]
+    return {
+        f"{key}_{name}": value for name, values in zip(task.names, found, strict=True) for key, value in values.items()
+    }

@@ -1,0 +1,152 @@
+"""The task of a run is made of its configuration and of what the training slides say, and of nothing else."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from gigamil.config.schema import Science
+from gigamil.errors import CohortError, ConfigError
+from gigamil.models.slide_model import build_model
+from gigamil.tasks.classification import Multiclass, Multilabel
+from gigamil.tasks.ordinal import Ordinal
+from gigamil.tasks.regression import Regression
+from gigamil.tasks.survival import Cox, DiscreteSurvival
+from gigamil.train.loss import losses
+from gigamil.train.task import chosen_metric, make_task, num_outputs, refuse_classless, validation_values
+
+NAN = math.nan
+
+
+def science(task: dict[str, Any] | None = None, **keys: Any) -> Science:
+    return Science.model_validate({"task": task or {}} | keys)
+
+
+def column(*numbers: float) -> torch.Tensor:
+    return torch.tensor(numbers, dtype=torch.float64)[:, None]
+
+
+class TestMaking:
+    def test_classes_are_weighted_by_the_training_slides(self) -> None:
+        task = make_task(science(), ("a", "b"), column(0, 0, 0, 1))
+        assert task == Multiclass(("a", "b"), (4 / 6, 2.0))
+        assert make_task(science(class_weights="none"), ("a", "b"), column(0, 1)) == Multiclass(("a", "b"))
+        assert make_task(science({"name": "ordinal"}, class_weights=(1, 2, 3)), "abc", column(0)) == Ordinal(
+            ("a", "b", "c"), (1.0, 2.0, 3.0)
+        )
+
+    def test_settings_reach_the_loss(self) -> None:
+        settings = {"label_smoothing": 0.2, "focal_gamma": 1.5}
+        assert make_task(science(settings, class_weights="none"), "ab", column(0)) == Multiclass(
+            ("a", "b"), None, 0.2, 1.5
+        )
+        own = make_task(science({"loss": "cross_entropy"}, class_weights="none"), "ab", column(0))
+        assert own == Multiclass(("a", "b"))
+
+    def test_a_registered_loss_is_taken(self) -> None:
+        name = "test_task_squared"
+        losses.register(name)(lambda logits_BK, label_B: logits_BK[:, 0] ** 2)
+        task = make_task(science({"loss": name}), "ab", column(0, 1))
+        assert task.losses(torch.tensor([[3.0, 0.0]]), column(1)).tolist() == [9.0]
+
+    def test_labels_that_are_rare_weigh_more_where_they_are_there(self) -> None:
+        target_TX = torch.tensor([[1, 0], [0, 0], [0, 1], [0, NAN]], dtype=torch.float64)
+        task = make_task(science({"name": "multilabel", "columns": ["x", "y"]}), (), target_TX)
+        assert task == Multilabel(("x", "y"), (3.0, 2.0))
+
+    def test_numbers_are_in_units_of_their_spread(self) -> None:
+        settings = {"name": "regression", "columns": ["age"], "loss": "mae"}
+        task = make_task(science(settings, class_weights="none"), (), column(1, 2, 3, NAN))
+        assert task == Regression(("age",), (2.0,), (1.0,), "mae")
+
+    def test_bins_are_those_of_the_training_events(self) -> None:
+        target_TX = torch.tensor([[t, 1.0] for t in range(1, 9)] + [[99.0, 0.0]], dtype=torch.float64)
+        settings = {"name": "survival", "bins": 2}
+        assert make_task(science(settings, class_weights="none"), (), target_TX) == DiscreteSurvival((4.5,))
+        assert make_task(science(settings | {"loss": "cox"}, class_weights="none"), (), target_TX) == Cox()
+
+    @pytest.mark.parametrize(
+        ("settings", "keys", "message"),
+        [
+            ({"name": "regression", "columns": ["x"], "loss": "cox"}, {}, "regression has huber, mae, mse"),
+            ({"name": "ordinal", "loss": "cross_entropy"}, {}, "ordinal has one loss; set it to null"),
+            ({"name": "survival", "label_smoothing": 0.1}, {}, "label_smoothing is of classes, and .* is survival"),
+            ({"name": "ordinal", "focal_gamma": 1.0}, {}, "focal_gamma is of classes and labels"),
+            ({"focal_gamma": 1.0, "loss": "mine"}, {}, "change cross_entropy, and science.task.loss is mine"),
+            ({"name": "survival"}, {"class_weights": (1.0, 2.0)}, "class_weights are of classes, .* set it to none"),
+            ({}, {"class_weights": (1.0, 2.0, 3.0)}, "has 3 numbers for 2 classes"),
+            ({"name": "multilabel", "columns": ["x"]}, {"class_weights": (1.0, 2.0)}, "has 2 numbers for 1 labels"),
+        ],
+    )
+    def test_settings_of_another_task_are_refused(
+        self, settings: dict[str, Any], keys: dict[str, Any], message: str
+    ) -> None:
+        with pytest.raises(ConfigError, match=message):
+            make_task(science(settings, **keys), ("a", "b"), column(0, 1))
+
+    def test_a_number_that_never_changes_and_bins_that_cannot_be_made_are_refused(self) -> None:
+        with pytest.raises(ConfigError, match="'age' is the same of all training slides"):
+            make_task(science({"name": "regression", "columns": ["age"]}), (), column(3, 3))
+        with pytest.raises(CohortError, match="do not make 4 bins"):
+            make_task(science({"name": "survival"}), (), torch.tensor([[1.0, 1.0], [2.0, 0.0]], dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("settings", "number"),
+    [
+        ({}, 3),
+        ({"name": "ordinal"}, 2),
+        ({"name": "multilabel", "columns": ["x", "y"]}, 2),
+        ({"name": "regression", "columns": ["x"]}, 1),
+        ({"name": "survival", "bins": 5}, 4),
+        ({"name": "survival", "loss": "cox"}, 1),
+    ],
+)
+def test_outputs_are_known_before_any_slide(settings: dict[str, Any], number: int) -> None:
+    assert num_outputs(science(settings).task, 3) == number
+
+
+class TestChoosing:
+    def test_each_task_has_its_metric(self) -> None:
+        for task, name in (
+            (Multiclass(("a", "b")), "auc"),
+            (Multilabel(("a", "b")), "auc"),
+            (Ordinal(("a", "b", "c")), "kappa"),
+            (Regression(("x",), (0.0,), (1.0,)), "loss"),
+            (DiscreteSurvival((1.0,)), "c_index"),
+            (Cox(), "c_index"),
+        ):
+            assert chosen_metric(science(), task) == name
+            assert chosen_metric(science(select="loss"), task) == "loss"
+
+    def test_a_metric_of_another_task_is_refused(self) -> None:
+        assert chosen_metric(science(select="balanced_accuracy"), Multiclass(("a", "b"))) == "balanced_accuracy"
+        with pytest.raises(ConfigError, match="science.select=c_index: multiclass has loss, auc, auprc"):
+            chosen_metric(science(select="c_index"), Multiclass(("a", "b")))
+
+
+class TestValidation:
+    def test_the_loss_is_without_class_weights(self) -> None:
+        output_SK = torch.randn(6, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        class_S = torch.tensor([0, 1, 1, 0, 1, 1])
+        found = validation_values(Multiclass(("a", "b"), (5.0, 1.0)), class_S[:, None].double(), output_SK)
+        assert found["loss"] == pytest.approx(float(torch.nn.functional.cross_entropy(output_SK, class_S)))
+        assert found["auc"] is not None
+
+    def test_what_is_undefined_is_none(self) -> None:
+        found = validation_values(Multiclass(("a", "b")), column(0, 0), torch.zeros(2, 2, dtype=torch.float64))
+        assert found["auc"] is None
+        assert found["loss"] == pytest.approx(math.log(2))
+        censored = torch.tensor([[1.0, 0.0], [2.0, 0.0]], dtype=torch.float64)
+        assert validation_values(Cox(), censored, column(0, 1)) == {"loss": None, "c_index": None}
+
+
+def test_an_aggregator_that_learns_from_classes_is_refused_for_other_tasks() -> None:
+    clam = build_model(science(aggregator={"name": "clam_sb"}, encoder={"name": "small_cnn"}), 2)
+    refuse_classless(clam, Multiclass(("a", "b")))
+    for task in (Ordinal(("a", "b", "c")), Cox()):
+        with pytest.raises(
+            ConfigError, match=f"ClamSingleBranch learns from the class of a slide, and {type(task).__name__}"
+        ):
+            refuse_classless(clam, task)
