@@ -333,7 +333,7 @@ def _split(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     _refuse_options(arguments, ("out", "slide_column", "patient_column", "label_column", "patient_is_slide"))
     config = _load(arguments, words)
     splits = split_cohort(config, again=arguments.again)
-    table = load_target_table(config.cohort, config.science.task)
+    table = load_target_table(config.cohort, config.science)
     if makes_folds(table, config.cohort):
         print(f"all slides of the table:\n{make_folds(table, config.cohort).text(table)}\nthis run:")
     print(sides_table({"-" if splits.fold is None else str(splits.fold): splits.split_of()}, table))

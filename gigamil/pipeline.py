@@ -85,7 +85,7 @@ def split_cohort(config: RunConfig, *, again: bool = False) -> Splits:
         ShardError: there are no tiles.
     """
     path = config.bookkeeping.out / "splits.json"
-    table = load_target_table(config.cohort, config.science.task)
+    table = load_target_table(config.cohort, config.science)
     tiles = open_tiles(config, table)
     shards = pictured_shards(config, tiles)
     if path.is_file() and not again:
@@ -316,7 +316,7 @@ def _predict_into(
         return
     target_NX = np.full((len(found), task.num_targets), np.nan)
     if data:
-        target_NX = read_targets(config.science.task, data.table, slide_ids).numpy()
+        target_NX = read_targets(config.science, data.table, slide_ids).numpy()
     write_values(folder / FILE_NAME, Values(tuple(slide_ids), patients, splits, task, target_NX, value_NP))
 
 

@@ -126,14 +126,18 @@ def science_digest_data(config: RunConfig) -> dict[str, Any]:
     return {name: data[name] for name in ("slides", "science")} | {"classes": data["cohort"]["classes"]} | source
 
 
-def known_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[str]:
-    """Every dotted key of the configuration, depth first, in the order of the schema; keys of a list's items follow the list's."""
+def known_keys(model: type[BaseModel] = RunConfig, prefix: str = "", *, into_lists: bool = False) -> Iterator[str]:
+    """Every dotted key of the configuration, depth first, in the order of the schema.
+
+    Args:
+        into_lists: also keys of the items of a list, with the list's name in front.
+    """
     for name, field in model.model_fields.items():
-        section = _section_of(field.annotation)
+        section = _section_of(field.annotation, into_lists=into_lists)
         if section is None:
             yield prefix + name
         else:
-            yield from known_keys(section, f"{prefix}{name}.")
+            yield from known_keys(section, f"{prefix}{name}.", into_lists=into_lists)
 
 
 def _expanded(key: str, path: Path) -> Path:
@@ -195,7 +199,9 @@ def explain_problem(
     """
     key = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
-        near = _nearest(".".join(part for part in item["loc"] if isinstance(part, str)), list(known_keys(model)))
+        near = _nearest(
+            ".".join(part for part in item["loc"] if isinstance(part, str)), list(known_keys(model, into_lists=True))
+        )
         return f"unknown key '{key}'" + (f"; did you mean '{near}'?" if near else f"; see {page}")
     if item["type"] == "missing":
         return f"{key} is missing"
@@ -213,8 +219,12 @@ def _nearest(key: str, known: Sequence[str]) -> str | None:
     return leaves[close[0]] if close else None
 
 
-def _section_of(annotation: Any) -> type[BaseModel] | None:
-    for part in (annotation, *typing.get_args(annotation)):  # of a list, or one that may be null
+def _section_of(annotation: Any, *, into_lists: bool) -> type[BaseModel] | None:
+    is_list = typing.get_origin(annotation) is tuple
+    for part in (
+        annotation,
+        *(() if is_list and not into_lists else typing.get_args(annotation)),
+    ):  # one that may be null
         if isinstance(part, type) and issubclass(part, BaseModel):
             return part
     return None

@@ -165,6 +165,7 @@ class Task(Section):
     bins: Annotated[int, Field(ge=2, le=100)] = Field(4, description="of time, for survival with loss discrete")
     label_smoothing: BelowOne = Field(0.0, description="share of a class label that is spread over all classes")
     focal_gamma: NonNegative = Field(0.0, description="mutes slides that are easy: exponent of 1 - p; 0: none")
+    weight: Positive = Field(1.0, description="of its loss, where science.also names more")
 
 
 class Augment(Section):
@@ -202,6 +203,7 @@ class Science(Section):
     aggregator: Aggregator = Aggregator()
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="dropout on the slide embedding")
     task: Task = Task()
+    also: tuple[Task, ...] = Field((), description="further tasks of the same slides, with keys as of task")
     class_weights: Literal["none", "balanced"] | tuple[Positive, ...] = "balanced"
     augment: Augment = Augment()
     optim: Optim = Optim()

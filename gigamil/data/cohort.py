@@ -135,7 +135,7 @@ def load_labels(
 
 def _checked(cfg: Cohort, rows: Mapping[int, SlideRow], problems: list[str], need_labels: bool) -> CohortTable:
     """The table, or all its problems."""
-    classes = cfg.classes or tuple(sorted({row.label for row in rows.values() if row.label}, key=_natural))
+    classes = cfg.classes or tuple(sorted({row.label for row in rows.values() if row.label}, key=natural_key))
     problems += [*_duplicate_ids(rows), *_split_problems(rows)]
     if need_labels:
         problems += _label_problems(rows, classes)
@@ -270,7 +270,7 @@ def _number(text: str) -> float | None:
         return None
 
 
-def _natural(label: str) -> tuple[float, str]:
+def natural_key(label: str) -> tuple[float, str]:
     """Sort '2' before '10', and numbers before words; 'nan', which has no place among numbers, is a word."""
     number = _number(label)
     return (math.inf if number is None or math.isnan(number) else number, label)

@@ -11,8 +11,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from gigamil.config.schema import Cohort, Task
-from gigamil.data.cohort import CohortTable, SlideRow, load_cohort
+from gigamil.config.schema import Cohort, Science, Task
+from gigamil.data.cohort import CohortTable, SlideRow, load_cohort, natural_key
 from gigamil.errors import CohortError, ConfigError
 
 _MAX_LISTED = 20
@@ -23,11 +23,11 @@ def has_classes(task: Task) -> bool:
     return task.name in ("binary", "multiclass", "ordinal")
 
 
-def load_target_table(cohort: Cohort, task: Task, *, need_files: bool = False) -> CohortTable:
-    """The slide table of a task, every slide with a target that can be used.
+def load_target_table(cohort: Cohort, science: Science, *, need_files: bool = False) -> CohortTable:
+    """The slide table of a run, every slide with a target of `science.task` that can be used.
 
     Of a task without classes the label of a row is what splits are stratified by: "event" or "censored"; "low" or "high", by the
-    median of the first column; "all" of several labels.
+    median of the first column; "all" of several labels. Targets of `science.also` may be missing.
 
     Args:
         need_files: as `load_cohort`.
@@ -35,29 +35,26 @@ def load_target_table(cohort: Cohort, task: Task, *, need_files: bool = False) -
         CohortError: as `load_cohort`; or targets are missing, are no numbers, or make no sense, all in one message.
         ConfigError: columns are not named, or the table lacks them, or a binary task has another number of classes.
     """
+    task = science.task
     if has_classes(task):
-        if task.columns is not None:
-            cohort = _labelled_by(cohort, task)
-        table = load_cohort(cohort, need_files=need_files)
-        if task.name == "binary" and len(table.classes) != 2:
-            raise ConfigError(
-                f"science.task.name=binary, and '{cohort.table}' has the classes {', '.join(table.classes)}. Set it to multiclass, or name "
-                "two in cohort.classes."
-            )
-        return table
-    table = load_cohort(cohort, need_labels=False, need_files=need_files)
-    columns = target_columns(task)
-    lacking = [column for column in columns if column not in table.rows[0].cells]
-    if lacking:
-        raise ConfigError(
-            f"'{cohort.table}' has no column {', '.join(map(repr, lacking))} for science.task.name={task.name}. Set science.task.columns "
-            f"to some of: {', '.join(table.rows[0].cells)}"
-        )
-    problems = [problem for row in table.rows for problem in _problems(task, row, columns)]
+        table = load_cohort(_labelled_by(cohort, task), need_files=need_files)
+        _refuse_not_binary(task, table.classes, cohort)
+    else:
+        table = load_cohort(cohort, need_labels=False, need_files=need_files)
+    problems: list[str] = []
+    for one in science.also if has_classes(task) else (task, *science.also):
+        _refuse_lacking(one, table, cohort)
+        if has_classes(one):
+            _refuse_not_binary(one, column_classes(one, table), cohort)
+        else:
+            problems += [p for row in table.rows for p in _problems(one, row, needed=one is task)]
     if problems:
         more = f"\n  and {len(problems) - _MAX_LISTED} more" if len(problems) > _MAX_LISTED else ""
         listed = "\n  ".join(problems[:_MAX_LISTED])
         raise CohortError(f"'{cohort.table}' has {len(problems)} targets that cannot be used:\n  {listed}{more}")
+    if has_classes(task):
+        return table
+    columns = target_columns(task)
     if task.name == "survival" and not any(_numbers(row, columns)[1] == 1 for row in table.rows):
         raise CohortError(
             f"'{cohort.table}': all slides are censored (column '{columns[1]}' has no 1), so nothing can be learned"
@@ -85,12 +82,31 @@ def target_columns(task: Task) -> tuple[str, ...]:
     return columns
 
 
-def read_targets(task: Task, table: CohortTable, slide_ids: Sequence[str]) -> Tensor:
-    """Targets of slides, float64 (S, X): the class number, or the numbers of the columns.
+def column_classes(task: Task, table: CohortTable) -> tuple[str, ...]:
+    """Classes of a further task: what its column holds, numbers by size and words by the alphabet."""
+    (column,) = _one_column(task)
+    return tuple(sorted({row.cells[column] for row in table.rows if row.cells[column]}, key=natural_key))
+
+
+def read_targets(science: Science, table: CohortTable, slide_ids: Sequence[str]) -> Tensor:
+    """Targets of slides, float64 (S, X): the class number, or the numbers of the columns; of all tasks side by side.
 
     Args:
         table: from `load_target_table`.
     """
+    parts = [_read_own(science.task, table, slide_ids)]
+    for task in science.also:
+        if has_classes(task):
+            (column,), classes = _one_column(task), column_classes(task, table)
+            cells = [table.row(slide_id).cells[column] for slide_id in slide_ids]
+            numbers = [[float(classes.index(text)) if text else math.nan] for text in cells]
+            parts.append(torch.tensor(numbers, dtype=torch.float64).reshape(len(slide_ids), 1))
+        else:
+            parts.append(_read_own(task, table, slide_ids))
+    return torch.cat(parts, dim=1)
+
+
+def _read_own(task: Task, table: CohortTable, slide_ids: Sequence[str]) -> Tensor:
     if has_classes(task):
         numbers = [[float(table.class_number(slide_id))] for slide_id in slide_ids]
         return torch.tensor(numbers, dtype=torch.float64).reshape(len(slide_ids), 1)
@@ -104,10 +120,34 @@ _STRATA = {"survival": ("censored", "event"), "regression": ("low", "high"), "mu
 
 def _labelled_by(cohort: Cohort, task: Task) -> Cohort:
     """The cohort with the task's column as its labels."""
-    if task.columns is None or len(task.columns) != 1:
-        raise ConfigError(f"science.task.columns {list(task.columns or ())}: {task.name} has one, the label")
-    columns = cohort.columns.model_copy(update={"label": task.columns[0]})
+    if task.columns is None:
+        return cohort
+    columns = cohort.columns.model_copy(update={"label": _one_column(task)[0]})
     return cohort.model_copy(update={"columns": columns})
+
+
+def _one_column(task: Task) -> tuple[str]:
+    if task.columns is None or len(task.columns) != 1:
+        raise ConfigError(f"columns {list(task.columns or ())} of a {task.name} task: it has one, the class")
+    return (task.columns[0],)
+
+
+def _refuse_not_binary(task: Task, classes: Sequence[str], cohort: Cohort) -> None:
+    if task.name == "binary" and len(classes) != 2:
+        raise ConfigError(
+            f"science.task.name=binary, and '{cohort.table}' has the classes {', '.join(classes)}. Set it to multiclass, or name "
+            "two in cohort.classes."
+        )
+
+
+def _refuse_lacking(task: Task, table: CohortTable, cohort: Cohort) -> None:
+    columns = _one_column(task) if has_classes(task) else target_columns(task)
+    lacking = [column for column in columns if column not in table.rows[0].cells]
+    if lacking:
+        raise ConfigError(
+            f"'{cohort.table}' has no column {', '.join(map(repr, lacking))} for a {task.name} task. Set science.task.columns (or those "
+            f"of science.also) to some of: {', '.join(table.rows[0].cells)}"
+        )
 
 
 def _numbers(row: SlideRow, columns: Sequence[str]) -> list[float]:
@@ -115,8 +155,8 @@ def _numbers(row: SlideRow, columns: Sequence[str]) -> list[float]:
     return [float(row.cells[column]) if row.cells[column] else math.nan for column in columns]
 
 
-def _problems(task: Task, row: SlideRow, columns: Sequence[str]) -> Iterator[str]:
-    wrong = False
+def _problems(task: Task, row: SlideRow, *, needed: bool) -> Iterator[str]:
+    wrong, columns = False, target_columns(task)
     for column in columns:
         text = row.cells[column]
         try:
@@ -130,7 +170,8 @@ def _problems(task: Task, row: SlideRow, columns: Sequence[str]) -> Iterator[str
         return
     numbers = _numbers(row, columns)
     if all(map(math.isnan, numbers)):
-        yield f"slide '{row.slide_id}' has no target: {', '.join(columns)} are empty"
+        if needed:
+            yield f"slide '{row.slide_id}' has no target: {', '.join(columns)} are empty"
         return
     problem = _PROBLEMS[task.name](numbers, columns)
     if problem:

@@ -408,7 +408,7 @@ def _wanted_rows(cfg: RunConfig) -> tuple[SlideRow, ...]:
     # A path that does not exist is that slide's failure, so that the others go on.
     if limit is None:
         return load_cohort(cfg.cohort, need_labels=False, need_files=False).rows
-    table = load_target_table(cfg.cohort, cfg.science.task)
+    table = load_target_table(cfg.cohort, cfg.science)
     return tuple(table.row(slide_id) for slide_id in smoke_slides(table, cfg.cohort, limit))
 
 

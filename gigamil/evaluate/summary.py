@@ -22,12 +22,14 @@ from gigamil.evaluate.task_figures import (
 )
 from gigamil.evaluate.values import Values, read_run
 from gigamil.files import parse_object, replace_file
-from gigamil.metrics.bootstrap import Floats, Scores, scores
+from gigamil.metrics.bootstrap import Estimate, Floats, Scores, scores
 from gigamil.metrics.classification import best_threshold
 from gigamil.metrics.survival import log_rank
 from gigamil.metrics.task import headline, measure_of
 from gigamil.tasks.classification import Multiclass, Multilabel
+from gigamil.tasks.ordinal import Ordinal
 from gigamil.tasks.regression import Regression
+from gigamil.tasks.several import Several
 from gigamil.tasks.store import load_task
 from gigamil.tasks.task import Task
 
@@ -165,31 +167,52 @@ def _classes(predictions: Predictions | Values) -> tuple[str, ...]:
 
 
 def _draw(run: Path, predictions: Predictions | Values, task: Task, evaluation: Evaluation) -> dict[str, str]:
-    """Draw what a task has to show; captions by file."""
+    """Draw what the tasks have to show; captions by file."""
     split = evaluation["headline_split"]
     scored, folder = predictions.labelled(split), run / FIGURES
     found: dict[str, str] = {}
-    if isinstance(scored, Predictions):
-        labels_N, auc = scored.label_numbers, evaluation["splits"][split]["metrics"]["auc"]
-        draw_roc(labels_N, scored.probs_NK, scored.classes, auc, folder / ROC)
-        draw_confusion(labels_N, scored.probs_NK.argmax(axis=1), scored.classes, folder / CONFUSION)
-        draw_reliability(labels_N, scored.probs_NK, scored.classes, folder / "calibration.png")
-        found = {
-            ROC: f"ROC curve, {split} split",
-            CONFUSION: f"Confusion matrix, {split} split",
-            "calibration.png": f"Calibration, {split} split",
-        }
-    elif isinstance(task, Multilabel):
-        draw_label_rocs(scored.target_NX, scored.value_NP, task.labels, folder / ROC)
-        found = {ROC: f"ROC curves of the labels, {split} split"}
-    elif isinstance(task, Regression):
-        draw_scatter(scored.target_NX, scored.value_NP, task.names, folder / "scatter.png")
-        found = {"scatter.png": f"Known and predicted, {split} split"}
+    if isinstance(task, Several) and isinstance(scored, Values):
+        for part in task.parts():
+            target_NX, value_NP = scored.target_NX[:, part.targets], scored.value_NP[:, part.values]
+            known_N = np.isfinite(target_NX).any(axis=1)
+            if known_N.any():
+                prefix = folder / "".join(c if c.isalnum() else "_" for c in part.name)
+                drawn = _draw_task(part.task, target_NX[known_N], value_NP[known_N], evaluation, f"{prefix}_")
+                found |= {Path(name).name: f"{part.name}: {caption}" for name, caption in drawn.items()}
     else:
-        time_N, event_N = scored.target_NX.T
-        draw_survival(time_N, event_N, scored.value_NP[:, 0], evaluation["p_log_rank"], folder / "survival.png")
-        found = {"survival.png": f"Survival by predicted risk, {split} split"}
+        drawn = _draw_task(task, *targets_and_values(scored), evaluation, f"{folder}/")
+        found = {Path(name).name: caption for name, caption in drawn.items()}
+    found = {name: f"{caption}, {split} split" for name, caption in found.items()}
     if (run / HISTORY_FILE).is_file():
         draw_losses(read_history(run / HISTORY_FILE), folder / LOSSES)
         found[LOSSES] = "Training"
     return found
+
+
+def _draw_task(task: Task, target_NX: Floats, value_NP: Floats, evaluation: Evaluation, prefix: str) -> dict[str, str]:
+    """Draw what a task has to show into files that begin with `prefix`; captions by file."""
+    if isinstance(task, Multiclass | Ordinal):
+        labels_N, measure = target_NX[:, 0].astype(np.int64), measure_of(task, target_NX, value_NP)
+        auc = measure(np.arange(len(labels_N)))["auc"]
+        estimate = evaluation["splits"][evaluation["headline_split"]]["metrics"]["auc"]
+        if estimate["value"] != auc:  # of another task of the run
+            value = None if isinstance(auc, str) else auc
+            estimate = Estimate(value=value, ci=None, num_usable=0)
+        draw_roc(labels_N, value_NP, task.classes, estimate, Path(f"{prefix}{ROC}"))
+        draw_confusion(labels_N, value_NP.argmax(axis=1), task.classes, Path(f"{prefix}{CONFUSION}"))
+        draw_reliability(labels_N, value_NP, task.classes, Path(f"{prefix}calibration.png"))
+        return {
+            f"{prefix}{ROC}": "ROC curve",
+            f"{prefix}{CONFUSION}": "Confusion matrix",
+            f"{prefix}calibration.png": "Calibration",
+        }
+    if isinstance(task, Multilabel):
+        draw_label_rocs(target_NX, value_NP, task.labels, Path(f"{prefix}{ROC}"))
+        return {f"{prefix}{ROC}": "ROC curves of the labels"}
+    if isinstance(task, Regression):
+        draw_scatter(target_NX, value_NP, task.names, Path(f"{prefix}scatter.png"))
+        return {f"{prefix}scatter.png": "Known and predicted"}
+    time_N, event_N = target_NX.T
+    p = log_rank(time_N, event_N, risk_groups(value_NP[:, 0]))
+    draw_survival(time_N, event_N, value_NP[:, 0], None if isinstance(p, str) else p, Path(f"{prefix}survival.png"))
+    return {f"{prefix}survival.png": "Survival by predicted risk"}

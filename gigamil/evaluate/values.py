@@ -19,6 +19,7 @@ from gigamil.files import replace_file
 from gigamil.tasks.classification import Multiclass, Multilabel
 from gigamil.tasks.ordinal import Ordinal
 from gigamil.tasks.regression import Regression
+from gigamil.tasks.several import Several
 from gigamil.tasks.store import load_task
 from gigamil.tasks.task import Task
 
@@ -103,6 +104,8 @@ class Values:
 
 def target_names(task: Task) -> tuple[str, ...]:
     """What is known of a slide, in words."""
+    if isinstance(task, Several):
+        return tuple(f"{part.name}_{name}" for part in task.parts() for name in target_names(part.task))
     if isinstance(task, Multilabel):
         return task.labels
     if isinstance(task, Regression):

@@ -4,6 +4,7 @@ Shape letters: N slides, X numbers of a target, P numbers that are predicted.
 """
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gigamil.metrics.bootstrap import Floats, Ints, Measure, Value
 from gigamil.metrics.classification import checked_classes, class_values, label_values
@@ -12,6 +13,7 @@ from gigamil.metrics.survival import survival_values
 from gigamil.tasks.classification import Multiclass, Multilabel
 from gigamil.tasks.ordinal import Ordinal
 from gigamil.tasks.regression import Regression
+from gigamil.tasks.several import Several
 from gigamil.tasks.survival import DiscreteSurvival
 from gigamil.tasks.task import Task
 
@@ -30,6 +32,8 @@ def measure_of(task: Task, target_NX: Floats, predicted_NP: Floats, threshold: f
     Raises:
         CohortError: a label is no class, or a probability is not finite.
     """
+    if isinstance(task, Several):
+        return _measure_of_all(task, target_NX, predicted_NP, threshold)
     if isinstance(task, Multiclass | Ordinal):
         labels_N, probs_NK = checked_classes(target_NX[:, 0], predicted_NP)
         is_ordered = isinstance(task, Ordinal)
@@ -50,18 +54,17 @@ def measure_of(task: Task, target_NX: Floats, predicted_NP: Floats, threshold: f
 
 
 def metric_names(task: Task) -> tuple[str, ...]:
-    """Names of the metrics that validation has, the loss included."""
+    """Names of the metrics that can choose the best epoch: the loss, and those of the task, of several those of the first."""
+    if isinstance(task, Several):
+        return metric_names(task.tasks[0])
     nothing = np.zeros((0, task.num_targets)), np.zeros((0, len(task.predicted_names)))
-    if isinstance(task, Multiclass | Ordinal):
-        return (
-            "loss",
-            *class_values(nothing[0][:, 0].astype(np.int64), nothing[1], is_ordered=isinstance(task, Ordinal)),
-        )
     return ("loss", *measure_of(task, *nothing)(np.zeros(0, dtype=np.int64)))
 
 
 def chosen_by(task: Task) -> str:
-    """The metric that chooses the best epoch, if the configuration does not say another."""
+    """The metric that chooses the best epoch, if the configuration does not say another; of several tasks that of the first."""
+    if isinstance(task, Several):
+        return chosen_by(task.tasks[0])
     if isinstance(task, Regression):
         return "loss"
     if isinstance(task, Ordinal):
@@ -70,16 +73,36 @@ def chosen_by(task: Task) -> str:
 
 
 def headline(task: Task) -> str:
-    """The metric that a run is reported by; of several numbers that of the first."""
+    """The metric that a run is reported by; of several tasks or numbers that of the first."""
+    if isinstance(task, Several):
+        return headline(task.tasks[0])
     if isinstance(task, Regression):
         return "pearson" if len(task.names) == 1 else f"pearson_{task.names[0]}"
     return chosen_by(task)
 
 
 def is_better(name: str, value: float, before: float) -> bool:
-    """Whether a value of a metric is better than one before; of a number of its own by the name in front of it."""
+    """Whether a value of a metric is better than one before; of one of several numbers by what stands in front of its name."""
     smaller = name in _SMALLER_IS_BETTER or name.startswith(("mae_", "rmse_"))
     return value < before if smaller else value > before
+
+
+def _measure_of_all(task: Several, target_NX: Floats, predicted_NP: Floats, threshold: float | None) -> Measure:
+    """Metrics of the first task by their names, those of the others with the task's name in front; each over slides that it knows."""
+    measures: list[tuple[str, NDArray[np.bool_], Measure]] = []
+    for number, part in enumerate(task.parts()):
+        own_NX, value_NP = target_NX[:, part.targets], predicted_NP[:, part.values]
+        known_N = np.asarray(np.isfinite(own_NX).any(axis=1))
+        measure = measure_of(part.task, np.where(known_N[:, None], own_NX, 0), value_NP, None if number else threshold)
+        measures.append((f"{part.name}_" if number else "", known_N, measure))
+
+    def all_values(row_N: Ints) -> dict[str, Value]:
+        found: dict[str, Value] = {}
+        for prefix, known_N, measure in measures:
+            found |= {prefix + name: value for name, value in measure(row_N[known_N[row_N]]).items()}
+        return found
+
+    return all_values
 
 
 def _numbers(task: Regression, target_NX: Floats, value_NX: Floats) -> dict[str, Value]:

@@ -3,25 +3,34 @@
 import json
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 from gigamil.errors import CohortError
 from gigamil.files import replace_file
 from gigamil.tasks.classification import Multiclass, Multilabel
 from gigamil.tasks.ordinal import Ordinal
 from gigamil.tasks.regression import Regression
+from gigamil.tasks.several import Several
 from gigamil.tasks.survival import Cox, DiscreteSurvival
 from gigamil.tasks.task import Task
 
 FILE_NAME = "task.json"
 _KINDS: dict[str, type[Task]] = {
-    kind.__name__: kind for kind in (Multiclass, Multilabel, Ordinal, Regression, DiscreteSurvival, Cox)
+    kind.__name__: kind for kind in (Multiclass, Multilabel, Ordinal, Regression, DiscreteSurvival, Cox, Several)
 }
 
 
 def task_to_json(task: Task) -> str:
     """All that decides what a prediction means; a loss of one's own is left out."""
-    facts = {name: value for name, value in asdict(task).items() if name != "loss" or isinstance(value, str)}  # type: ignore[call-overload]
-    return json.dumps({"kind": type(task).__name__} | facts, indent=1) + "\n"
+    return json.dumps(_facts(task), indent=1) + "\n"
+
+
+def _facts(task: Task) -> dict[str, Any]:
+    if isinstance(task, Several):
+        parts = [_facts(part) for part in task.tasks]
+        return {"kind": "Several", "names": task.names, "tasks": parts, "shares": task.shares}
+    facts = asdict(task)  # type: ignore[call-overload]
+    return {"kind": type(task).__name__} | {k: v for k, v in facts.items() if k != "loss" or isinstance(v, str)}
 
 
 def task_from_json(text: str) -> Task:
@@ -30,15 +39,23 @@ def task_from_json(text: str) -> Task:
     Raises:
         ValueError: it is no task.
     """
-    data = json.loads(text)
+    return _made(json.loads(text))
+
+
+def _made(data: Any) -> Task:
     if not isinstance(data, dict) or data.get("kind") not in _KINDS:
         raise ValueError(f"'kind' must be one of {', '.join(_KINDS)}")
-    kind = _KINDS[data.pop("kind")]
-    unknown = set(data) - {field.name for field in fields(kind)}  # type: ignore[arg-type]
+    kind = _KINDS[data["kind"]]
+    values = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in data.items() if name != "kind"
+    }
+    unknown = set(values) - {field.name for field in fields(kind)}  # type: ignore[arg-type]
     if unknown:
         raise ValueError(f"unknown: {', '.join(sorted(unknown))}")
+    if kind is Several:
+        values["tasks"] = tuple(map(_made, values.get("tasks", ())))
     try:
-        return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in data.items()})
+        return kind(**values)
     except TypeError as error:
         raise ValueError(str(error)) from error
 

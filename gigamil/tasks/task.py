@@ -14,7 +14,8 @@ class Task(ABC):
     """What is learned of slides.
 
     The loss of a step is the weighted mean over its slides, sum_s w_s l_s / sum_s w_s, whatever the ranks; `losses` gives l and
-    `weights` gives w. A slide of which nothing is known has weight 0, and its loss is 0.
+    `weights` gives w. A slide of which nothing is known has weight 0, and its loss is 0. Where several tasks are learned at once
+    (`Several`) both have a column per task.
 
     Attributes:
         couples_slides: the loss of a slide depends on the outputs of others of its step.

@@ -28,6 +28,7 @@ from gigamil.partition.schedule import StepPlan, plan_steps
 from gigamil.tasks.classification import Multiclass, Multilabel
 from gigamil.tasks.ordinal import Ordinal
 from gigamil.tasks.regression import Regression
+from gigamil.tasks.several import Several
 from gigamil.tasks.survival import Cox, DiscreteSurvival
 from gigamil.tasks.task import Task
 from gigamil.testing.compare import gradient_error, relative_error
@@ -73,6 +74,9 @@ TASKS: dict[str, Task] = {
     "survival": DiscreteSurvival((1.5, 2.5)),
     "cox": Cox(),
 }
+TASKS["several"] = Several(
+    ("first", "second", "third"), (TASKS["multiclass"], TASKS["regression"], Cox()), (1.0, 2.0, 0.5)
+)
 
 
 @dataclass(frozen=True)
@@ -239,6 +243,8 @@ def make_case_tiles(case: Case) -> tuple[list[Tensor], Tensor, Tensor]:
 
 def case_targets(task: Task, num_slides: int) -> Tensor:
     """What is known of slides, float64 (S, X): of the second of three nothing, or of several numbers half."""
+    if isinstance(task, Several):
+        return torch.cat([case_targets(part, num_slides) for part in task.tasks], dim=1)
     number_S1 = torch.arange(num_slides, dtype=torch.float64)[:, None]
     number_X = torch.arange(task.num_targets, dtype=torch.float64)
     if isinstance(task, Cox | DiscreteSurvival):  # two at one time, the last one censored

@@ -8,8 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gigamil.config.schema import RunConfig
-from gigamil.config.schema import Task as TaskSettings
+from gigamil.config.schema import RunConfig, Science
 from gigamil.data.blocks import slide_grid
 from gigamil.data.cohort import CohortTable, load_cohort
 from gigamil.data.features import FeatureSet, FeatureSource, open_features
@@ -51,7 +50,7 @@ class TrainingData:
     table: CohortTable
     splits: Splits
     shards: TiledSlides
-    task: TaskSettings
+    science: Science
 
     @property
     def dim(self) -> int | None:
@@ -67,7 +66,7 @@ class TrainingData:
         """The slides of a split, in the order of the table."""
         slide_ids = self.splits.of(split)
         sizes = tuple(self.shards.manifest(slide_id).num_tiles for slide_id in slide_ids)
-        return SlideSet(slide_ids, sizes, read_targets(self.task, self.table, slide_ids))
+        return SlideSet(slide_ids, sizes, read_targets(self.science, self.table, slide_ids))
 
     def digest(self, slide_id: str) -> str:
         """Digest of a slide's tiles, or of its features."""
@@ -84,15 +83,14 @@ def load_training_data(config: RunConfig) -> TrainingData:
         CohortError: a problem in the table or a leak in the splits.
         ShardError: a slide of the splits has no shards or features, or was tiled or encoded otherwise than configured.
     """
-    task = config.science.task
-    table = load_target_table(config.cohort, task, need_files=config.data.source == "slides")
+    table = load_target_table(config.cohort, config.science, need_files=config.data.source == "slides")
     shards = open_tiles(config, table)
     path = config.bookkeeping.out / "splits.json"
     splits = load_splits(path, table, pictured_shards(config, shards), config.cohort.near_duplicates)
     if not splits.train:
         raise CohortError(f"'{path}' has no slide to train on. Run `gigamil split`.")
     check_tiles(config, shards, splits.split_of())
-    return TrainingData(table, splits, shards, task)
+    return TrainingData(table, splits, shards, config.science)
 
 
 def open_tiles(config: RunConfig, table: CohortTable) -> TiledSlides:

@@ -19,7 +19,7 @@ def run_identity(config: RunConfig, data: TrainingData) -> dict[str, Any]:
     digest = hashlib.sha256(data.splits.to_json().encode())
     for slide_id in sorted(data.splits.split_of()):
         digest.update(f"{slide_id} {data.digest(slide_id)}\n".encode())
-    if not has_classes(config.science.task):  # classes are in the digest of the split
+    if config.science.also or not has_classes(config.science.task):  # classes are in the digest of the split
         for split in ("train", "val", "test"):
             digest.update(repr(data.slides(split).target_SX.tolist()).encode())
     return {"science": science_digest_data(config), "data_sha256": digest.hexdigest()}

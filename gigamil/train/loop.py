@@ -43,7 +43,7 @@ from gigamil.train.schedule import learning_rates
 from gigamil.train.step import FEATURE_ROWS, ExactStep, Ranks, StepResult, fit_chunk
 from gigamil.train.stragglers import AgreedShares, RankMeter, StragglerWatch, shares_by_speed
 from gigamil.train.system import sample_system
-from gigamil.train.task import chosen_metric, make_task, refuse_classless, validation_values
+from gigamil.train.task import chosen_metric, refuse_classless, task_of_run, validation_values
 
 _log = logging.getLogger("gigamil")
 _MAX_SKIPPED_IN_A_ROW = 3
@@ -181,7 +181,7 @@ class Trainer:
         self._train, self._val = self.data.slides("train"), self.data.slides("val")
         self._identity = run_identity(self.config, self.data)
         science = self.config.science
-        self._task = make_task(science, self.data.splits.classes, self._train.target_SX)
+        self._task = task_of_run(self.config, self.data)
         self._score_name = chosen_metric(science, self._task)
         model = build_model(science, self._task.num_outputs, self.data.dim)
         refuse_classless(model, self._task)

@@ -25,12 +25,20 @@ def cross_entropy(logits_BK: Tensor, label_B: Tensor) -> Tensor:
 
 
 def slide_losses(loss: SlideLoss, logits_BK: Tensor, pooled: Pooled, label_B: Tensor) -> Tensor:
-    """Loss of each slide, (B,): of its logits, and of what else the aggregator learns from (`Pooled`)."""
+    """Loss of each slide, (B,), or of each task of it, (B, T): of its logits, and of what else the aggregator learns from (`Pooled`).
+
+    What the aggregator adds itself belongs to the first task.
+    """
     total_B = loss(logits_BK, label_B) * pooled.weight
     if pooled.extra_logits_MK is not None and pooled.extra_slide_M is not None and pooled.extra_weight_M is not None:
-        extra_M = loss(pooled.extra_logits_MK, label_B[pooled.extra_slide_M]) * pooled.extra_weight_M
-        total_B = total_B.index_add(0, pooled.extra_slide_M, extra_M)
-    return total_B if pooled.loss_B is None else total_B + pooled.loss_B
+        extra_M = loss(pooled.extra_logits_MK, label_B[pooled.extra_slide_M])
+        weight_M = pooled.extra_weight_M.reshape(-1, *[1] * (extra_M.dim() - 1))
+        total_B = total_B.index_add(0, pooled.extra_slide_M, extra_M * weight_M)
+    if pooled.loss_B is None:
+        return total_B
+    if total_B.dim() == 1:
+        return total_B + pooled.loss_B
+    return total_B + torch.nn.functional.pad(pooled.loss_B[:, None], (0, total_B.shape[1] - 1))
 
 
 def group_loss(loss_B: Tensor, weight_B: Tensor, world_weight: float, num_groups: int) -> Tensor:

@@ -446,7 +446,7 @@ def build_planned_model(config: RunConfig) -> SlideModel:
     encoder = config.science.encoder.model_copy(update={"weights": None})
     science = config.science.model_copy(update={"encoder": encoder})
     model = build_model(
-        science, num_outputs(science.task, len(config.cohort.classes or (0, 1))), _feature_dim(config)
+        science, num_outputs(science, len(config.cohort.classes or (0, 1))), _feature_dim(config)
     ).train()
     if isinstance(model.encoder, TileEncoder):
         set_batchnorm(model.encoder, config.execution)

@@ -94,7 +94,7 @@ class StepResult:
 
     Attributes:
         loss: weighted mean over the step's slides.
-        slide_loss_S: per slide, float64, in the plan's order.
+        slide_loss_S: per slide, and per task where there are several, float64, in the plan's order.
         skipped: positions of slides whose loss is not finite, or all of them if the gradient is not; if any, no rank
             changed its weights.
         grad_norm: of the whole gradient, before clipping; 0 if a loss was not finite.
@@ -269,7 +269,8 @@ class ExactStep:
                         self._backward_encoder(calls, forward)
         norm = self.engine.step(learning_rates)
         slide_loss_S = self._gather_losses(loss_B[mine] if self._couples else loss_B, mine, len(plan.slides))
-        skipped = tuple(int(i) for i in torch.nonzero(~torch.isfinite(slide_loss_S)).flatten())
+        is_finite_S = torch.isfinite(slide_loss_S.reshape(len(plan.slides), -1)).all(dim=1)
+        skipped = tuple(int(i) for i in torch.nonzero(~is_finite_S).flatten())
         mean_loss = float((slide_loss_S * weight_S).sum() / (weight_S.sum() or 1.0))
         if math.isfinite(norm) and not skipped:
             return StepResult(mean_loss, slide_loss_S, (), norm)
@@ -430,7 +431,7 @@ class ExactStep:
             torch.cuda.empty_cache()
 
     def _gather_losses(self, loss_B: Tensor, mine: list[int], num_slides: int) -> Tensor:
-        loss_S = torch.zeros(num_slides, dtype=torch.float64, device=self.engine.device)
+        loss_S = torch.zeros((num_slides, *loss_B.shape[1:]), dtype=torch.float64, device=self.engine.device)
         if self._ranks.topology.group_rank == 0:
             loss_S[mine] = loss_B.detach().double()[: len(mine)]
         return self._ranks.sum_world(loss_S).cpu()

@@ -8,47 +8,64 @@ from torch import Tensor
 
 from gigamil.config.schema import RunConfig, Science
 from gigamil.config.schema import Task as TaskSettings
-from gigamil.data.targets import has_classes, target_columns
+from gigamil.data.targets import column_classes, has_classes, target_columns
 from gigamil.errors import ConfigError
 from gigamil.metrics.task import chosen_by, measure_of, metric_names
 from gigamil.models.slide_model import SlideModel
-from gigamil.registry import Registry
 from gigamil.tasks.classification import Multiclass, Multilabel, balanced_weights
 from gigamil.tasks.ordinal import Ordinal
 from gigamil.tasks.regression import Regression
+from gigamil.tasks.several import Several
 from gigamil.tasks.survival import Cox, DiscreteSurvival, quantile_edges
 from gigamil.tasks.task import Task
 from gigamil.train.cohort import TrainingData
-from gigamil.train.loss import SlideLoss, losses
+from gigamil.train.loss import losses
 
+Weights = str | tuple[float, ...]
 _LOSSES = {"regression": ("huber", "mae", "mse"), "survival": ("discrete", "cox")}
 
 
-def make_task(
-    science: Science, classes: Sequence[str], target_TX: Tensor, registry: Registry[SlideLoss] = losses
-) -> Task:
-    """The task that a configuration describes.
+def make_task(science: Science, classes: Sequence[Sequence[str]], target_TX: Tensor) -> Task:
+    """The task that a configuration describes, or all of them.
 
     Args:
         science: of the configuration.
-        classes: names, in their order; for tasks that have them.
+        classes: names of the classes of each task, in their order; empty of one without.
         target_TX: of the training slides, and of no others.
     Raises:
-        ConfigError: a loss that the task does not have, another number of class weights than of classes, or settings that another
-            task has.
-        CohortError: bins of time cannot be made, or a number is the same of all training slides.
+        ConfigError: a loss that the task does not have, another number of class weights than of classes, settings that another
+            task has, or two tasks of one column.
+        CohortError: bins of time cannot be made.
     """
-    settings = science.task
-    _refuse_foreign(science)
+    settings = (science.task, *science.also)
+    if not science.also:
+        return _make_one(science.task, science.class_weights, classes[0], target_TX)
+    names = [task.columns[0] if task.columns else task.name for task in settings]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"science.also: {', '.join(names)} must differ: tasks are told apart by their first column")
+    widths = [1 if has_classes(task) else len(target_columns(task)) for task in settings]
+    tasks = []
+    for number, (task, own, target_TX_own) in enumerate(
+        zip(settings, classes, target_TX.split(widths, dim=1), strict=True)
+    ):
+        # Numbers per class are of the first task.
+        weights = science.class_weights if number == 0 or isinstance(science.class_weights, str) else "balanced"
+        tasks.append(_make_one(task, weights, own, target_TX_own))
+    return Several(tuple(names), tuple(tasks), tuple(task.weight for task in settings))
+
+
+def _make_one(settings: TaskSettings, weights: Weights, classes: Sequence[str], target_TX: Tensor) -> Task:
+    _refuse_foreign(settings, weights)
     if has_classes(settings):
-        weights = _class_weights(science, [int(number) for number in target_TX[:, 0].tolist()], len(classes))
+        known_T = target_TX[torch.isfinite(target_TX[:, 0]), 0]
+        class_weights = _class_weights(weights, [int(number) for number in known_T.tolist()], len(classes))
         if settings.name == "ordinal":
-            return Ordinal(tuple(classes), weights)
-        own = None if settings.loss in (None, "cross_entropy") else registry[settings.loss]
-        return Multiclass(tuple(classes), weights, settings.label_smoothing, settings.focal_gamma, own)
+            return Ordinal(tuple(classes), class_weights)
+        own = None if settings.loss in (None, "cross_entropy") else losses[settings.loss]
+        return Multiclass(tuple(classes), class_weights, settings.label_smoothing, settings.focal_gamma, own)
     columns = target_columns(settings)
     if settings.name == "multilabel":
-        return Multilabel(columns, _positive_weights(science, target_TX), settings.focal_gamma)
+        return Multilabel(columns, _positive_weights(weights, target_TX), settings.focal_gamma)
     if settings.name == "regression":
         return _regression(settings, columns, target_TX)
     if settings.loss == "cox":
@@ -59,7 +76,8 @@ def make_task(
 
 def task_of_run(config: RunConfig, data: TrainingData) -> Task:
     """The task that a run was, or is to be, trained for; errors as `make_task`."""
-    return make_task(config.science, data.splits.classes, data.slides("train").target_SX)
+    further = [column_classes(task, data.table) if has_classes(task) else () for task in config.science.also]
+    return make_task(config.science, [data.splits.classes, *further], data.slides("train").target_SX)
 
 
 def chosen_metric(science: Science, task: Task) -> str:
@@ -82,7 +100,8 @@ def refuse_classless(model: SlideModel, task: Task) -> None:
     Raises:
         ConfigError: names both.
     """
-    if getattr(model.aggregator, "needs_classes", False) and not isinstance(task, Multiclass):
+    first = task.tasks[0] if isinstance(task, Several) else task
+    if getattr(model.aggregator, "needs_classes", False) and not isinstance(first, Multiclass):
         raise ConfigError(
             f"{type(model.aggregator).__name__} learns from the class of a slide, and {type(task).__name__} has no output per class. "
             "Choose another science.aggregator, or science.task.name: multiclass."
@@ -95,19 +114,33 @@ def validation_values(task: Task, target_SX: Tensor, output_SK: Tensor) -> dict[
     The loss is the mean over slides of which something is known, without class weights; of several numbers or labels, and of Cox's
     comparisons, with the weights of `Task.weights`.
     """
-    loss_S, weight_S = task.losses(output_SK, target_SX), task.weights(target_SX)
-    if task.class_numbers(target_SX) is not None:
-        weight_S = torch.isfinite(target_SX[:, 0]).double()
-    total = float(weight_S.sum())
-    values: dict[str, float | None] = {"loss": float((loss_S * weight_S).sum()) / total if total else None}
     known_S = torch.isfinite(target_SX).any(dim=1)
     measure = measure_of(task, target_SX[known_S].numpy(), task.predict(output_SK[known_S]).numpy())
     found = measure(np.arange(int(known_S.sum())))
-    return values | {name: None if isinstance(value, str) else value for name, value in found.items()}
+    values = {name: None if isinstance(value, str) else value for name, value in found.items()}
+    return {"loss": _mean_loss(task, target_SX, output_SK)} | values
 
 
-def num_outputs(settings: TaskSettings, num_classes: int) -> int:
-    """K, before any slide is known: what the head gives per slide."""
+def _mean_loss(task: Task, target_SX: Tensor, output_SK: Tensor) -> float | None:
+    if isinstance(task, Several):
+        parts = zip(task.parts(), task.shares, strict=True)
+        found = [(_mean_loss(p.task, target_SX[:, p.targets], output_SK[:, p.outputs]), share) for p, share in parts]
+        known = [(loss, share) for loss, share in found if loss is not None]
+        total = sum(share for _, share in known)
+        return sum(loss * share for loss, share in known) / total if total else None
+    weight_S = task.weights(target_SX)
+    if task.class_numbers(target_SX) is not None:
+        weight_S = torch.isfinite(target_SX[:, 0]).double()
+    total = float(weight_S.sum())
+    return float((task.losses(output_SK, target_SX) * weight_S).sum()) / total if total else None
+
+
+def num_outputs(science: Science, num_classes: int) -> int:
+    """K, before any slide is known: what the head gives per slide. Classes of further tasks are taken to be two."""
+    return _num_outputs(science.task, num_classes) + sum(_num_outputs(task, 2) for task in science.also)
+
+
+def _num_outputs(settings: TaskSettings, num_classes: int) -> int:
     if has_classes(settings):
         return num_classes - (settings.name == "ordinal")
     if settings.name == "survival":
@@ -115,8 +148,7 @@ def num_outputs(settings: TaskSettings, num_classes: int) -> int:
     return len(target_columns(settings))
 
 
-def _refuse_foreign(science: Science) -> None:
-    settings = science.task
+def _refuse_foreign(settings: TaskSettings, weights: Weights) -> None:
     name, own = settings.name, _LOSSES.get(settings.name)
     if own is not None and settings.loss not in (None, *own):
         raise ConfigError(f"science.task.loss={settings.loss}: {name} has {', '.join(own)}")
@@ -132,12 +164,11 @@ def _refuse_foreign(science: Science) -> None:
         raise ConfigError(
             f"science.task.label_smoothing and focal_gamma change cross_entropy, and science.task.loss is {settings.loss}: set them to 0"
         )
-    if isinstance(science.class_weights, tuple) and name in ("regression", "survival"):
+    if isinstance(weights, tuple) and name in ("regression", "survival"):
         raise ConfigError(f"science.class_weights are of classes, and science.task.name is {name}: set it to none")
 
 
-def _class_weights(science: Science, numbers: Sequence[int], num_classes: int) -> tuple[float, ...] | None:
-    setting = science.class_weights
+def _class_weights(setting: Weights, numbers: Sequence[int], num_classes: int) -> tuple[float, ...] | None:
     if setting == "none":
         return None
     if setting == "balanced":
@@ -147,9 +178,9 @@ def _class_weights(science: Science, numbers: Sequence[int], num_classes: int) -
     return tuple(float(number) for number in setting)
 
 
-def _positive_weights(science: Science, target_TX: Tensor) -> tuple[float, ...] | None:
+def _positive_weights(setting: Weights, target_TX: Tensor) -> tuple[float, ...] | None:
     """Of a label that is there: as often as it is not, of those that are known (balanced)."""
-    setting, num_labels = science.class_weights, target_TX.shape[1]
+    num_labels = target_TX.shape[1]
     if setting == "none":
         return None
     if setting == "balanced":

@@ -24,6 +24,18 @@ TASKS: dict[str, tuple[dict[str, Any], str, list[str]]] = {
     "multilabel": ({"name": "multilabel", "columns": ["bright", "odd"]}, "auc", ["prob_bright", "prob_odd"]),
     "regression": ({"name": "regression", "columns": ["age", "time"]}, "pearson_age", ["value_age", "value_time"]),
     "survival": ({"name": "survival", "bins": 3}, "c_index", ["risk", "survival_", "survival_"]),
+    "several": (
+        {"columns": ["odd"], "also": [{"name": "survival", "weight": 0.5}, {"name": "regression", "columns": ["age"]}]},
+        "auc",
+        [
+            "odd_prob_0",
+            "odd_prob_1",
+            "survival_risk",
+            "survival_survival_",
+            *["survival_survival_"] * 2,
+            "age_value_age",
+        ],
+    ),
     "cox": ({"name": "survival", "loss": "cox"}, "c_index", ["risk"]),
 }
 
@@ -58,7 +70,8 @@ def run_of(cohort: Path, out: Path, task: dict[str, Any]) -> RunConfig:
         "science": {
             "encoder": {"name": "small_cnn", "options": {"width": 4}},
             "aggregator": {"options": {"hidden": 8}},
-            "task": task,
+            "task": {key: value for key, value in task.items() if key != "also"},
+            "also": task.get("also", []),
             "class_weights": "none",
             "epochs": 2,
             "slides_per_step": 3,

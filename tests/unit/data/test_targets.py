@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from gigamil.config.schema import Cohort, Task
-from gigamil.data.targets import load_target_table, read_targets
+from gigamil.config.schema import Cohort, Science, Task
+from gigamil.data.targets import column_classes, load_target_table, read_targets
 from gigamil.errors import CohortError, ConfigError
 
 ROWS = [  # label, age, time, event, x, y
@@ -26,8 +26,9 @@ def cohort(folder: Path, rows: list[tuple[str, ...]] = ROWS, **keys: Any) -> Coh
 
 
 def targets(folder: Path, task: Task, **keys: Any) -> list[list[float]]:
-    table = load_target_table(cohort(folder, **keys), task)
-    found: list[list[float]] = read_targets(task, table, [f"s{i}" for i in range(4)]).tolist()
+    science = Science(task=task)
+    table = load_target_table(cohort(folder, **keys), science)
+    found: list[list[float]] = read_targets(science, table, [f"s{i}" for i in range(4)]).tolist()
     return found
 
 
@@ -39,13 +40,13 @@ def test_classes_are_numbers_of_the_label(tmp_path: Path) -> None:
 def test_another_column_may_hold_the_classes(tmp_path: Path) -> None:
     task = Task(name="binary", columns=("event",))
     assert targets(tmp_path, task) == [[1], [0], [1], [0]]
-    assert load_target_table(cohort(tmp_path), task).classes == ("0", "1")
+    assert load_target_table(cohort(tmp_path), Science(task=task)).classes == ("0", "1")
 
 
 def test_survival_has_time_and_event_and_is_stratified_by_the_event(tmp_path: Path) -> None:
     task = Task(name="survival")
     assert targets(tmp_path, task) == [[12.5, 1], [3, 0], [7, 1], [10, 0]]
-    table = load_target_table(cohort(tmp_path), task)
+    table = load_target_table(cohort(tmp_path), Science(task=task))
     assert table.classes == ("censored", "event")
     assert [row.label for row in table.rows] == ["event", "censored", "event", "censored"]
 
@@ -53,12 +54,14 @@ def test_survival_has_time_and_event_and_is_stratified_by_the_event(tmp_path: Pa
 def test_empty_cells_are_not_known(tmp_path: Path) -> None:
     found = torch.tensor(targets(tmp_path, Task(name="multilabel", columns=("x", "y"))))
     assert torch.isnan(found).tolist() == [[False, False], [True, False], [False, True], [False, False]]
-    assert load_target_table(cohort(tmp_path), Task(name="multilabel", columns=("x", "y"))).classes == ("all",)
+    assert load_target_table(cohort(tmp_path), Science(task=Task(name="multilabel", columns=("x", "y")))).classes == (
+        "all",
+    )
 
 
 def test_numbers_are_stratified_by_their_median(tmp_path: Path) -> None:
     rows = [*ROWS[:1], ("b", "30", "3", "0", "", "1"), *ROWS[2:]]
-    table = load_target_table(cohort(tmp_path, rows), Task(name="regression", columns=("age",)))
+    table = load_target_table(cohort(tmp_path, rows), Science(task=Task(name="regression", columns=("age",))))
     assert [row.label for row in table.rows] == ["high", "low", "low", "high"]
 
 
@@ -81,13 +84,13 @@ def test_what_cannot_be_used_is_named(tmp_path: Path, task: Task, changes: dict[
     for column, text in changes.items():
         row[column - 3] = text
     with pytest.raises(CohortError, match=rf"has 1 targets that cannot be used:\n  slide {message}"):
-        load_target_table(cohort(tmp_path, [ROWS[0], tuple(row), *ROWS[2:]]), task)
+        load_target_table(cohort(tmp_path, [ROWS[0], tuple(row), *ROWS[2:]]), Science(task=task))
 
 
 def test_all_censored_is_refused(tmp_path: Path) -> None:
     rows = [(*row[:3], "0", *row[4:]) for row in ROWS]
     with pytest.raises(CohortError, match="all slides are censored \\(column 'event' has no 1\\)"):
-        load_target_table(cohort(tmp_path, rows), Task(name="survival"))
+        load_target_table(cohort(tmp_path, rows), Science(task=Task(name="survival")))
 
 
 @pytest.mark.parametrize(
@@ -97,13 +100,45 @@ def test_all_censored_is_refused(tmp_path: Path) -> None:
         (Task(name="regression"), "science.task.name=regression needs science.task.columns"),
         (
             Task(name="regression", columns=("height",)),
-            "no column 'height' .* Set science.task.columns to some of: .*age",
+            "no column 'height' for a regression task. Set science.task.columns .* to some of: .*age",
         ),
         (Task(name="survival", columns=("time",)), r"science.task.columns \['time'\]: survival has two"),
         (Task(name="multilabel", columns=("x", "x")), r"\['x', 'x'\] must be names of columns, each once"),
-        (Task(name="ordinal", columns=("x", "y")), r"ordinal has one, the label"),
+        (Task(name="ordinal", columns=("x", "y")), r"columns \['x', 'y'\] of a ordinal task: it has one"),
     ],
 )
 def test_columns_have_to_be_the_tasks(tmp_path: Path, task: Task, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        load_target_table(cohort(tmp_path), task)
+        load_target_table(cohort(tmp_path), Science(task=task))
+
+
+class TestFurtherTasks:
+    science = Science(
+        task=Task(name="survival"),
+        also=(
+            Task(name="multiclass", columns=("label",)),
+            Task(name="regression", columns=("age",)),
+            Task(name="binary", columns=("x",)),
+        ),
+    )
+
+    def test_targets_stand_side_by_side_and_may_be_missing(self, tmp_path: Path) -> None:
+        table = load_target_table(cohort(tmp_path), self.science)
+        found = read_targets(self.science, table, ["s0", "s1"])
+        assert found[0].tolist() == [12.5, 1, 0, 61, 1]
+        assert found[1, :3].tolist() == [3, 0, 1]
+        assert torch.isnan(found[1, 3:]).tolist() == [True, True]
+        assert column_classes(self.science.also[2], table) == ("0", "1")
+
+    def test_what_cannot_be_used_is_named_all_the_same(self, tmp_path: Path) -> None:
+        rows = [*ROWS[:3], ("a", "old", "1", "1", "2", "")]
+        with pytest.raises(ConfigError, match="science.task.name=binary, and .* has the classes 0, 1, 2"):
+            load_target_table(cohort(tmp_path, rows), self.science)
+        rows[3] = ("a", "old", "1", "1", "", "")
+        with pytest.raises(CohortError, match="'s3': age 'old' is no number"):
+            load_target_table(cohort(tmp_path, rows), self.science)
+
+    def test_a_further_class_needs_its_column(self, tmp_path: Path) -> None:
+        science = Science(also=(Task(name="multiclass"),))
+        with pytest.raises(ConfigError, match="of a multiclass task: it has one, the class"):
+            load_target_table(cohort(tmp_path), science)

@@ -9,6 +9,7 @@ from gigamil.errors import CohortError
 from gigamil.tasks.classification import Multiclass, Multilabel
 from gigamil.tasks.ordinal import Ordinal
 from gigamil.tasks.regression import Regression
+from gigamil.tasks.several import Several
 from gigamil.tasks.store import FILE_NAME, load_task, save_task, task_from_json, task_to_json
 from gigamil.tasks.survival import Cox, DiscreteSurvival
 from gigamil.tasks.task import Task
@@ -20,6 +21,7 @@ TASKS = [
     Regression(("age",), (60.0,), (10.0,), "mae"),
     DiscreteSurvival((1.0, 2.5)),
     Cox(),
+    Several(("label", "age"), (Multiclass(("a", "b")), Regression(("age",), (60.0,), (10.0,))), (1.0, 0.5)),
 ]
 
 

@@ -12,6 +12,7 @@ from gigamil.models.slide_model import build_model
 from gigamil.tasks.classification import Multiclass, Multilabel
 from gigamil.tasks.ordinal import Ordinal
 from gigamil.tasks.regression import Regression
+from gigamil.tasks.several import Several
 from gigamil.tasks.survival import Cox, DiscreteSurvival
 from gigamil.train.loss import losses
 from gigamil.train.task import chosen_metric, make_task, num_outputs, refuse_classless, validation_values
@@ -29,42 +30,42 @@ def column(*numbers: float) -> torch.Tensor:
 
 class TestMaking:
     def test_classes_are_weighted_by_the_training_slides(self) -> None:
-        task = make_task(science(), ("a", "b"), column(0, 0, 0, 1))
+        task = make_task(science(), [("a", "b")], column(0, 0, 0, 1))
         assert task == Multiclass(("a", "b"), (4 / 6, 2.0))
-        assert make_task(science(class_weights="none"), ("a", "b"), column(0, 1)) == Multiclass(("a", "b"))
-        assert make_task(science({"name": "ordinal"}, class_weights=(1, 2, 3)), "abc", column(0)) == Ordinal(
+        assert make_task(science(class_weights="none"), [("a", "b")], column(0, 1)) == Multiclass(("a", "b"))
+        assert make_task(science({"name": "ordinal"}, class_weights=(1, 2, 3)), ["abc"], column(0)) == Ordinal(
             ("a", "b", "c"), (1.0, 2.0, 3.0)
         )
 
     def test_settings_reach_the_loss(self) -> None:
         settings = {"label_smoothing": 0.2, "focal_gamma": 1.5}
-        assert make_task(science(settings, class_weights="none"), "ab", column(0)) == Multiclass(
+        assert make_task(science(settings, class_weights="none"), ["ab"], column(0)) == Multiclass(
             ("a", "b"), None, 0.2, 1.5
         )
-        own = make_task(science({"loss": "cross_entropy"}, class_weights="none"), "ab", column(0))
+        own = make_task(science({"loss": "cross_entropy"}, class_weights="none"), ["ab"], column(0))
         assert own == Multiclass(("a", "b"))
 
     def test_a_registered_loss_is_taken(self) -> None:
         name = "test_task_squared"
         losses.register(name)(lambda logits_BK, label_B: logits_BK[:, 0] ** 2)
-        task = make_task(science({"loss": name}), "ab", column(0, 1))
+        task = make_task(science({"loss": name}), ["ab"], column(0, 1))
         assert task.losses(torch.tensor([[3.0, 0.0]]), column(1)).tolist() == [9.0]
 
     def test_labels_that_are_rare_weigh_more_where_they_are_there(self) -> None:
         target_TX = torch.tensor([[1, 0], [0, 0], [0, 1], [0, NAN]], dtype=torch.float64)
-        task = make_task(science({"name": "multilabel", "columns": ["x", "y"]}), (), target_TX)
+        task = make_task(science({"name": "multilabel", "columns": ["x", "y"]}), [()], target_TX)
         assert task == Multilabel(("x", "y"), (3.0, 2.0))
 
     def test_numbers_are_in_units_of_their_spread(self) -> None:
         settings = {"name": "regression", "columns": ["age"], "loss": "mae"}
-        task = make_task(science(settings, class_weights="none"), (), column(1, 2, 3, NAN))
+        task = make_task(science(settings, class_weights="none"), [()], column(1, 2, 3, NAN))
         assert task == Regression(("age",), (2.0,), (1.0,), "mae")
 
     def test_bins_are_those_of_the_training_events(self) -> None:
         target_TX = torch.tensor([[t, 1.0] for t in range(1, 9)] + [[99.0, 0.0]], dtype=torch.float64)
         settings = {"name": "survival", "bins": 2}
-        assert make_task(science(settings, class_weights="none"), (), target_TX) == DiscreteSurvival((4.5,))
-        assert make_task(science(settings | {"loss": "cox"}, class_weights="none"), (), target_TX) == Cox()
+        assert make_task(science(settings, class_weights="none"), [()], target_TX) == DiscreteSurvival((4.5,))
+        assert make_task(science(settings | {"loss": "cox"}, class_weights="none"), [()], target_TX) == Cox()
 
     @pytest.mark.parametrize(
         ("settings", "keys", "message"),
@@ -83,13 +84,13 @@ class TestMaking:
         self, settings: dict[str, Any], keys: dict[str, Any], message: str
     ) -> None:
         with pytest.raises(ConfigError, match=message):
-            make_task(science(settings, **keys), ("a", "b"), column(0, 1))
+            make_task(science(settings, **keys), [("a", "b")], column(0, 1))
 
     def test_a_number_that_never_changes_and_bins_that_cannot_be_made_are_refused(self) -> None:
         with pytest.raises(ConfigError, match="'age' is the same of all training slides"):
-            make_task(science({"name": "regression", "columns": ["age"]}), (), column(3, 3))
+            make_task(science({"name": "regression", "columns": ["age"]}), [()], column(3, 3))
         with pytest.raises(CohortError, match="do not make 4 bins"):
-            make_task(science({"name": "survival"}), (), torch.tensor([[1.0, 1.0], [2.0, 0.0]], dtype=torch.float64))
+            make_task(science({"name": "survival"}), [()], torch.tensor([[1.0, 1.0], [2.0, 0.0]], dtype=torch.float64))
 
 
 @pytest.mark.parametrize(
@@ -104,7 +105,52 @@ class TestMaking:
     ],
 )
 def test_outputs_are_known_before_any_slide(settings: dict[str, Any], number: int) -> None:
-    assert num_outputs(science(settings).task, 3) == number
+    assert num_outputs(science(settings), 3) == number
+
+
+class TestSeveral:
+    also = ({"name": "multiclass", "columns": ["site"], "weight": 3.0}, {"name": "survival", "loss": "cox"})
+    settings = science(also=also, class_weights="none")
+    target_TX = torch.tensor([[0, 1, 3, 1], [1, NAN, 2, 0], [0, 0, NAN, NAN], [1, 2, 1, 1]], dtype=torch.float64)
+
+    def made(self) -> Several:
+        task = make_task(self.settings, [("a", "b"), ("x", "y", "z"), ()], self.target_TX)
+        assert isinstance(task, Several)
+        return task
+
+    def test_each_is_made_of_its_own_columns(self) -> None:
+        task = self.made()
+        assert task.names == ("multiclass", "site", "survival")
+        assert task.tasks == (Multiclass(("a", "b")), Multiclass(("x", "y", "z")), Cox())
+        assert (task.num_outputs, task.num_targets, task.couples_slides) == (6, 4, True)
+        assert task.predicted_names[:3] == ("multiclass_prob_a", "multiclass_prob_b", "site_prob_x")
+        assert num_outputs(self.settings, 2) == 5  # classes of further tasks are not known yet
+
+    def test_the_loss_is_the_mean_of_theirs_by_weight(self) -> None:
+        task = self.made()
+        output_SK = torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        weight_ST = task.weights(self.target_TX)
+        assert weight_ST.sum(dim=0).tolist() == pytest.approx([1.0, 3.0, 1.0])
+        loss = (task.losses(output_SK, self.target_TX) * weight_ST).sum() / weight_ST.sum()
+        own = []
+        for part in task.parts():
+            target_SX, own_SK = self.target_TX[:, part.targets], output_SK[:, part.outputs]
+            weight_S = part.task.weights(target_SX)
+            own.append((part.task.losses(own_SK, target_SX) * weight_S).sum() / weight_S.sum())
+        assert float(loss) == pytest.approx(float((own[0] + 3 * own[1] + own[2]) / 5))
+        nothing = torch.full((2, 4), NAN, dtype=torch.float64)
+        assert task.weights(nothing).tolist() == [[0.0] * 3] * 2
+
+    def test_metrics_of_the_others_have_their_name_in_front(self) -> None:
+        found = validation_values(self.made(), self.target_TX, torch.randn(4, 6, dtype=torch.float64))
+        assert {"loss", "auc", "site_auc", "survival_c_index"} <= set(found)
+        assert chosen_metric(self.settings, self.made()) == "auc"
+        assert found["site_auc"] is not None
+
+    def test_tasks_of_one_column_are_refused(self) -> None:
+        twice = science(task={"columns": ["x"]}, also=({"name": "regression", "columns": ["x"]},))
+        with pytest.raises(ConfigError, match="x, x must differ"):
+            make_task(twice, [("a", "b"), ()], torch.zeros(2, 2, dtype=torch.float64))
 
 
 class TestChoosing:
