@@ -138,7 +138,7 @@ class Encoder(Section):
     )
     pool: Count = Field(1, description="pool so many cells of the grid along each side to one")
     pool_kind: Literal["mean", "max"] = "mean"
-    freeze_blocks: Annotated[int, Field(ge=0)] = Field(0, description="so many blocks, from the input on, stay fixed")
+    freeze_blocks: int = Field(0, description="so many blocks, from the input on, stay fixed; -k: all but the last k")
     lora_rank: Count | None = Field(None, description="train low-rank updates of the linears; the rest stays fixed")
     lora_alpha: Positive = Field(16.0, description="updates are scaled by alpha / rank")
 
@@ -148,6 +148,32 @@ class Aggregator(Section):
 
     name: str = Field("gated_attention", description="one of docs/aggregators.md, or a registered name")
     options: Options = Field(default_factory=dict, description="keyword arguments of the aggregator")
+
+
+class Regime(Section):
+    """Which part of the encoder learns, and from which tiles."""
+
+    name: Literal["end_to_end", "frozen", "last_blocks", "lora", "sampled", "select"] = Field(
+        "end_to_end", description="frozen: on cached features; sampled, select: from some tiles of each slide"
+    )
+    blocks: Count = Field(1, description="last_blocks: so many blocks of the encoder learn")
+    tiles: Count = Field(512, description="sampled, select: tiles of a slide in a step, at most")
+    how: Literal["uniform", "regions", "top", "weighted"] | None = Field(
+        None, description="sampled: uniform or regions; select, by attention: top or weighted; null: the first of them"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _may_be_a_name(cls, data: Any) -> Any:
+        return {"name": data} if isinstance(data, str) else data
+
+    @model_validator(mode="after")
+    def _how_is_its_own(self) -> "Regime":
+        own = {"sampled": ("uniform", "regions"), "select": ("top", "weighted")}.get(self.name, ())
+        if self.how is not None and self.how not in own:
+            words = f"it is one of {', '.join(own)}" if own else "only sampled and select choose tiles"
+            raise ValueError(f"science.regime.how={self.how} with {self.name}: {words}")
+        return self
 
 
 class Task(Section):
@@ -166,6 +192,11 @@ class Task(Section):
     label_smoothing: BelowOne = Field(0.0, description="share of a class label that is spread over all classes")
     focal_gamma: NonNegative = Field(0.0, description="mutes slides that are easy: exponent of 1 - p; 0: none")
     weight: Positive = Field(1.0, description="of its loss, where science.also names more")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _may_be_a_name(cls, data: Any) -> Any:
+        return {"name": data} if isinstance(data, str) else data
 
 
 class Augment(Section):
@@ -199,6 +230,7 @@ class Science(Section):
     """What is learned, and from what. Everything here changes results."""
 
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    regime: Regime = Regime()
     encoder: Encoder = Encoder()
     aggregator: Aggregator = Aggregator()
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="dropout on the slide embedding")
@@ -207,6 +239,9 @@ class Science(Section):
     class_weights: Literal["none", "balanced"] | tuple[Positive, ...] = "balanced"
     augment: Augment = Augment()
     optim: Optim = Optim()
+    sampling: Literal["uniform", "balanced"] = Field(
+        "uniform", description="slides of an epoch: each once, or equally many of each class, some several times"
+    )
     epochs: Count = 20
     slides_per_step: Count = Field(4, description="slides whose mean loss makes one optimiser step, over all ranks")
     precision: Literal["float32", "bfloat16"] = Field("float32", description="bfloat16: autocast, softmax in float32")
@@ -348,3 +383,25 @@ class RunConfig(Section):
     science: Science = Science()
     execution: Execution = Execution()
     bookkeeping: Bookkeeping = Bookkeeping()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _regime_sets_what_it_means(cls, data: Any) -> Any:
+        """Frozen encoders read features, LoRA has a rank, and of the last blocks the others are fixed."""
+        science = data.get("science") if isinstance(data, dict) else None
+        if not isinstance(science, dict) or not science.get("regime"):
+            return data
+        regime = Regime.model_validate(science["regime"])
+        encoder = science.get("encoder") or {}
+        if regime.name == "last_blocks":
+            science = science | {"encoder": {**encoder, "freeze_blocks": -regime.blocks}}
+        elif regime.name == "lora" and not encoder.get("lora_rank"):
+            science = science | {"encoder": {**encoder, "lora_rank": 8}}
+        elif regime.name == "frozen":
+            source = data.get("data") or {}
+            if source.get("source") == "slides":
+                raise ValueError(
+                    "science.regime=frozen trains on features: set data.source to features, or to shards to make them"
+                )
+            data = data | {"data": {**source, "source": "features"}}
+        return data | {"science": science}

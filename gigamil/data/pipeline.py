@@ -24,6 +24,7 @@ from gigamil.data.threads import ReadThreads
 from gigamil.memory.geometry import Geometry
 from gigamil.parallel.topology import Topology
 from gigamil.partition.schedule import StepPlan
+from gigamil.partition.spans import Span as PlanSpan
 from gigamil.shards.read import ShardSet
 
 _BLOCK = 2**16  # rows
@@ -114,13 +115,16 @@ class StepLoader:
             for span in plan.spans(self._topology.group, self._topology.group_rank)
         ]
         slide_index = [np.full(span.num_tiles, span.slide, dtype=np.int64) for span, _ in spans]
-        numbers = [np.arange(span.start, span.stop, dtype=np.int64) for span, _ in spans]
+        numbers = [_numbers(plan, group[span.slide], span) for span, _ in spans]
         positions = []
-        for span, slide_id in spans:
-            index, rows = self._source.index(slide_id), slice(span.start, span.stop)
-            positions.append(np.stack([index.x_um[rows], index.y_um[rows]], axis=1))
+        for (_, slide_id), number_n in zip(spans, numbers, strict=True):
+            index = self._source.index(slide_id)
+            positions.append(np.stack([index.x_um[number_n], index.y_um[number_n]], axis=1))
+        runs = [
+            (slide_id, *run) for (_, slide_id), number_n in zip(spans, numbers, strict=True) for run in _runs(number_n)
+        ]
         return StepTiles(
-            self._images([(slide_id, span.start, span.stop) for span, slide_id in spans], plan),
+            self._images(runs, plan),
             torch.from_numpy(_joined(slide_index, (0,), np.int64)),
             torch.from_numpy(_joined(numbers, (0,), np.int64)),
             torch.from_numpy(_joined(positions, (0, 2), np.float64)),
@@ -167,7 +171,8 @@ class StepLoader:
         """Yield each plan with its tiles, or with the error that reading them raised: ranks agree on errors first."""
         return self._ahead(plans) if self._prefetch else self._one_by_one(plans)
 
-    def _load_or_error(self, plan: StepPlan) -> StepTiles | Exception:
+    def load_or_error(self, plan: StepPlan) -> StepTiles | Exception:
+        """As `load`, with an error in the place of the tiles: ranks agree on errors first."""
         try:
             return self.load(plan)
         except Exception as error:  # noqa: BLE001 - handed to the consumer, which agrees on it with the other ranks and raises
@@ -176,7 +181,7 @@ class StepLoader:
     def _one_by_one(self, plans: Iterable[StepPlan]) -> Iterator[tuple[StepPlan, StepTiles | Exception]]:
         for plan in plans:
             with self._waited.running():
-                tiles = self._load_or_error(plan)
+                tiles = self.load_or_error(plan)
             yield plan, tiles
 
     def _ahead(self, plans: Iterable[StepPlan]) -> Iterator[tuple[StepPlan, StepTiles | Exception]]:
@@ -194,7 +199,7 @@ class StepLoader:
             for plan in plans:
                 if stop.is_set():
                     return
-                put((plan, self._load_or_error(plan)))
+                put((plan, self.load_or_error(plan)))
             put(None)
 
         thread = threading.Thread(target=produce, name="gigamil-prefetch", daemon=True)
@@ -240,3 +245,17 @@ class DrawKeys:
 
 def _joined(parts: list[np.ndarray], empty: tuple[int, ...], dtype: type) -> np.ndarray:
     return np.concatenate(parts) if parts else np.empty(empty, dtype)
+
+
+def _numbers(plan: StepPlan, position: int, span: PlanSpan) -> np.ndarray:
+    """Numbers of the tiles of a span in their slide, int64."""
+    chosen = None if plan.tiles is None else plan.tiles[position]
+    if chosen is None:
+        return np.arange(span.start, span.stop, dtype=np.int64)
+    return np.array(chosen[span.start : span.stop], dtype=np.int64)
+
+
+def _runs(number_n: np.ndarray) -> list[tuple[int, int]]:
+    """Ascending numbers as runs without a gap: (first, one past the last)."""
+    cuts = np.flatnonzero(np.diff(number_n) != 1) + 1
+    return [(int(part[0]), int(part[-1]) + 1) for part in np.split(number_n, cuts) if len(part)]

@@ -64,6 +64,11 @@ def load_target_table(cohort: Cohort, science: Science, *, need_files: bool = Fa
     return CohortTable(rows, tuple(dict.fromkeys(_STRATA[task.name])))
 
 
+def stratum_numbers(table: CohortTable, slide_ids: Sequence[str]) -> list[int]:
+    """What slides are drawn by if all kinds are to come equally often: their class, or what splits are stratified by."""
+    return [table.class_number(slide_id) for slide_id in slide_ids]
+
+
 def target_columns(task: Task) -> tuple[str, ...]:
     """Columns of a task without classes.
 

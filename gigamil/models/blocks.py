@@ -40,6 +40,8 @@ def freeze_blocks(backbone: nn.Module, num_frozen: int) -> None:
 
     To be called before an engine takes the model: an optimiser that already has a parameter would go on to move it.
 
+    Args:
+        num_frozen: so many, or -k: all but the last k.
     Raises:
         ConfigError: more blocks than there are, or an encoder whose blocks are not known.
     """
@@ -47,8 +49,9 @@ def freeze_blocks(backbone: nn.Module, num_frozen: int) -> None:
         return
     key = f"science.encoder.freeze_blocks={num_frozen}"
     num_blocks = len(_block_names(backbone, key))
-    if num_frozen > num_blocks:
-        raise ConfigError(f"{key}: the encoder has {num_blocks} blocks; use 0 to {num_blocks}")
+    if abs(num_frozen) > num_blocks:
+        raise ConfigError(f"{key}: the encoder has {num_blocks} blocks; use -{num_blocks} to {num_blocks}")
+    num_frozen = num_blocks + num_frozen if num_frozen < 0 else num_frozen
     numbers = block_numbers(backbone, key)
     for name, parameter in backbone.named_parameters():
         if numbers[name] < num_frozen:

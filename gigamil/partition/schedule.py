@@ -19,6 +19,8 @@ class StepPlan:
         groups: for each group, positions in `slides` that it pools, ascending; may be empty.
         group_size: ranks of a group.
         shares: in proportion to which the ranks of a group own its tiles, for every rank of the world; None: equal.
+        tiles: of each slide the numbers of the tiles that take part, ascending, as many as `sizes` says, or None for all of
+            them; a group needs those of its own slides only. None: all of all slides.
     """
 
     slides: tuple[int, ...]
@@ -26,9 +28,10 @@ class StepPlan:
     groups: tuple[tuple[int, ...], ...]
     group_size: int
     shares: tuple[int, ...] | None = None
+    tiles: tuple[tuple[int, ...] | None, ...] | None = None
 
     def spans(self, group: int, group_rank: int) -> tuple[Span, ...]:
-        """Spans that a rank owns; `Span.slide` counts in `groups[group]`."""
+        """Spans that a rank owns; `Span.slide` counts in `groups[group]`, and its tiles in `tiles` of that slide if it has some."""
         return owned_spans(self.group_sizes(group), group_rank, self.group_size, self._group_shares(group))
 
     def group_sizes(self, group: int) -> tuple[int, ...]:
@@ -63,6 +66,28 @@ def epoch_order(num_slides: int, seed: int, epoch: int) -> np.ndarray:
     key = np.array([seed % 2**64, epoch], dtype=np.uint64)  # a plain list of these would become float64 and lose bits
     generator = np.random.Generator(np.random.Philox(key=key))
     return generator.permutation(num_slides)
+
+
+def balanced_order(classes: Sequence[int], seed: int, epoch: int) -> np.ndarray:
+    """Order of as many training slides with every class equally often: int64 (num_slides,), the same for any number of ranks.
+
+    Slides of a small class come several times in an epoch, of a large one some not at all; each class is gone through in shuffled
+    rounds, so that none comes again before all others have.
+
+    Args:
+        classes: class of each slide.
+    """
+    key = np.array([seed % 2**64, epoch], dtype=np.uint64)
+    generator = np.random.Generator(np.random.Philox(key=key))
+    members = [np.flatnonzero(np.asarray(classes) == one) for one in sorted(set(classes))]
+    turns = np.arange(len(classes)) % len(members)  # which class is drawn from; the last ones by chance
+    turns = generator.permutation(len(members))[turns]
+    chosen = np.empty(len(classes), dtype=np.int64)
+    for number, slides in enumerate(members):
+        wanted = int((turns == number).sum())
+        rounds = [generator.permutation(slides) for _ in range(-(-wanted // len(slides)))]
+        chosen[turns == number] = np.concatenate([*rounds, slides[:0]])[:wanted]
+    return chosen[generator.permutation(len(classes))]
 
 
 def plan_steps(

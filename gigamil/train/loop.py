@@ -18,6 +18,7 @@ from gigamil.config.schema import RunConfig
 from gigamil.data.augment import augment_block, augment_tiles, draw_turn
 from gigamil.data.blocks import SlideGrid
 from gigamil.data.pipeline import DrawKeys, StepLoader, StepTiles
+from gigamil.data.targets import stratum_numbers
 from gigamil.errors import GigamilError, Interrupted, TrainingError
 from gigamil.keyed import text_key
 from gigamil.memory.budget import chunks_to_keep, memory_budget
@@ -26,7 +27,9 @@ from gigamil.models.blocks import parameters_by_rate
 from gigamil.models.networks import has_blank_statistics
 from gigamil.models.slide_model import SlideModel, build_model
 from gigamil.parallel.meeting import Meeting
-from gigamil.partition.schedule import StepPlan, epoch_order, plan_steps
+from gigamil.partition.choose import sampled_sizes
+from gigamil.partition.schedule import StepPlan, balanced_order, epoch_order, plan_steps
+from gigamil.shards.manifest import SlideManifest
 from gigamil.train.agree import StopSignals, agree, all_or_none, first_rank_says
 from gigamil.train.checkpoint import CheckpointStore
 from gigamil.train.cohort import SlideSet, check_grids, load_training_data, open_source, unused_keys
@@ -40,6 +43,7 @@ from gigamil.train.prepare import prepare_model, set_batchnorm, warm_start
 from gigamil.train.recorder import Recorder
 from gigamil.train.records import git_commit, versions
 from gigamil.train.schedule import learning_rates
+from gigamil.train.select import sampled_plans, selected_plan
 from gigamil.train.step import FEATURE_ROWS, ExactStep, Ranks, StepResult, fit_chunk
 from gigamil.train.stragglers import AgreedShares, RankMeter, StragglerWatch, shares_by_speed
 from gigamil.train.system import sample_system
@@ -137,6 +141,7 @@ class Trainer:
         self._span_shares = AgreedShares(config.execution.prefetch)
         self._step = self._make_step(self._train, chunk, num_keep, self._meter.clock.running)
         self._evaluator = self._make_step(self._val, chunk, 0)
+        self._regime, self._scanner = config.science.regime, self._make_step(self._train, chunk, 0)
         self._last_save = time.monotonic()
         self._last_wait = 0.0
         with all_or_none(ranks, device):
@@ -279,17 +284,20 @@ class Trainer:
         train_encoder = epoch >= num_frozen and bool(self._shares)
         if epoch and epoch == num_frozen and self.progress.step_in_epoch == 0:
             self.engine.restart_bias_correction(range(len(self._shares)))
-        plans = self._plans(self._train, epoch_order(len(self._train), self.config.science.seed, epoch))
+        plans = self._plans(sampled_sizes(self._regime, self._train.sizes), self._order(epoch))
         todo = plans[self.progress.step_in_epoch :]
         loader = self._loader(self._train)
         self._last_wait = 0.0
         with self._bar(f"epoch {epoch + 1}/{self.config.science.epochs}", len(plans)) as bar:
             bar.update(self.progress.step_in_epoch)
-            steps = loader.iterate(self._span_shares.given(todo, self.progress.step))
+            steps = loader.iterate(self._chosen(self._span_shares.given(todo, self.progress.step)))
             start = time.perf_counter()
             for plan, tiles in steps:
                 read_s = loader.wait_s
                 self._agree(tiles if isinstance(tiles, Exception) else None)
+                if self._regime.name == "select":
+                    plan, tiles = self._selected(plan, tiles, loader)  # type: ignore[arg-type]
+                    self._agree(tiles if isinstance(tiles, Exception) else None)
                 result, rates = self._train_step(plan, tiles, train_encoder)  # type: ignore[arg-type]
                 seconds = time.perf_counter() - start
                 start = time.perf_counter()
@@ -374,7 +382,7 @@ class Trainer:
         loader = self._loader(self._val)
         self.engine.module.eval()
         shares = self._span_shares.at(self.progress.step)
-        plans = [replace(plan, shares=shares) for plan in self._plans(self._val, range(len(self._val)))]
+        plans = [replace(plan, shares=shares) for plan in self._plans(self._val.sizes, range(len(self._val)))]
         for plan, tiles in loader.iterate(plans):
             self._agree(tiles if isinstance(tiles, Exception) else None)
             logits.append(self._evaluator.evaluate(plan, tiles)[0])  # type: ignore[arg-type]
@@ -466,10 +474,45 @@ class Trainer:
         encoder = (execution.activation_checkpointing, execution.fold_batchnorm, execution.compile, execution.halo)
         return " ".join(map(str, (*words, *encoder)))
 
-    def _plans(self, slides: SlideSet, order: Sequence[int] | np.ndarray) -> list[StepPlan]:
+    def _plans(self, sizes: Sequence[int], order: Sequence[int] | np.ndarray) -> list[StepPlan]:
         topology = self._ranks.topology
         per_step = self.config.science.slides_per_step
-        return plan_steps(order, slides.sizes, per_step, topology.num_groups, topology.group_size)
+        return plan_steps(order, sizes, per_step, topology.num_groups, topology.group_size)
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """Training slides of an epoch."""
+        seed = self.config.science.seed
+        if self.config.science.sampling == "uniform":
+            return epoch_order(len(self._train), seed, epoch)
+        return balanced_order(stratum_numbers(self.data.table, self._train.slide_ids), seed, epoch)
+
+    def _chosen(self, plans: Iterator[StepPlan]) -> Iterator[StepPlan]:
+        """Plans with the tiles that take part, where these are drawn before the step."""
+        if self._regime.name != "sampled":
+            return plans
+        train, seed, stride_um = self._train, self.config.science.seed, self._stride_um
+        places = self._source.index
+        return sampled_plans(
+            plans, self.progress.step, self._regime, seed, train.slide_ids, train.sizes, places, stride_um
+        )
+
+    def _stride_um(self, slide_id: str) -> float:
+        """Distance of neighbouring tiles of a slide."""
+        manifest = self.data.shards.manifest(slide_id)
+        if isinstance(manifest, SlideManifest):
+            return manifest.stride_px * manifest.pixel_mpp_x
+        return manifest.stride_um[0]
+
+    def _selected(self, plan: StepPlan, tiles: StepTiles, loader: StepLoader) -> tuple[StepPlan, StepTiles | Exception]:
+        """The tiles that a scan of all of them chooses; all ranks take part."""
+        self.engine.module.eval()
+        _, attention_nA = self._scanner.evaluate(plan, tiles)
+        self.engine.module.train()
+        keys = DrawKeys(self.config.science.seed, self._train.slide_ids)
+        chosen = selected_plan(
+            plan, tiles, attention_nA.mean(dim=1), self._regime, self._ranks, keys, self.progress.step
+        )
+        return chosen, loader.load_or_error(chosen)
 
     def _loader(self, slides: SlideSet) -> StepLoader:
         execution, tile_px, topology = self.config.execution, self.config.slides.tile_px, self._ranks.topology

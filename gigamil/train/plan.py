@@ -46,6 +46,7 @@ from gigamil.parallel.halo import ShardedNetwork
 from gigamil.parallel.shared_slide import SharedSlide
 from gigamil.parallel.topology import Topology
 from gigamil.partition.blocks import block_side
+from gigamil.partition.choose import sampled_sizes
 from gigamil.partition.schedule import StepPlan, plan_steps
 from gigamil.partition.spans import owned_range
 from gigamil.shards.read import ShardSet
@@ -867,6 +868,7 @@ def _predict(
 ) -> Plan:
     execution, science, ranks = config.execution, config.science, config.execution.ranks
     stage, on_gpu = execution.zero_stage, device == "cuda"
+    sizes = sampled_sizes(config.science.regime, sizes)
     step = _largest_step(config, sizes)
     group_sizes = max((step.group_sizes(group) for group in range(len(step.groups))), key=sum)
     num_tiles = -(-sum(group_sizes) // step.group_size)

@@ -55,6 +55,11 @@ def prepare_model(
     if isinstance(model.encoder, GivenFeatures):
         return
     dense_geometry(model.encoder, config.slides)
+    if isinstance(model.encoder, DenseEncoder) and config.science.regime.name in ("sampled", "select"):
+        raise ConfigError(
+            f"science.regime.name={config.science.regime.name}: a dense encoder computes what is around a tile too, so some tiles of a "
+            "slide save little. Set science.encoder.dense to null, or take another regime."
+        )
     refuse_unstreamable(model.encoder, config.execution)
     refuse_tile_mixing(model.encoder, config.slides.tile_px)
     set_batchnorm(model.encoder, config.execution)

@@ -261,7 +261,7 @@ def test_group_size_has_to_divide_the_ranks() -> None:
 
 def test_every_section_is_frozen_and_closed() -> None:
     sections = list(_sections(RunConfig()))
-    assert len(sections) == 13
+    assert len(sections) == 14
     for section in sections:
         name = next(iter(type(section).model_fields))
         with pytest.raises(ValidationError, match="frozen"):
@@ -291,3 +291,26 @@ def _sections(section: BaseModel):
         value = getattr(section, name)
         if isinstance(value, BaseModel):
             yield from _sections(value)
+
+
+class TestRegimes:
+    def test_a_name_alone_will_do(self) -> None:
+        config = RunConfig.model_validate({"science": {"regime": "select", "task": "survival"}})
+        assert (config.science.regime.name, config.science.task.name) == ("select", "survival")
+
+    def test_what_a_regime_means_is_in_the_resolved_configuration(self) -> None:
+        blocks = load_config(None, ["--science.regime.name", "last_blocks", "--science.regime.blocks", "3"])
+        assert blocks.science.encoder.freeze_blocks == -3
+        lora = load_config(None, ["--science.regime.name", "lora"])
+        assert lora.science.encoder.lora_rank == 8
+        own = load_config(None, ["--science.regime.name", "lora", "--science.encoder.lora_rank", "4"])
+        assert own.science.encoder.lora_rank == 4
+        assert load_config(None, ["--science.regime.name", "frozen"]).data.source == "features"
+
+    def test_a_frozen_encoder_does_not_read_slides(self) -> None:
+        with pytest.raises(ConfigError, match="science.regime=frozen trains on features"):
+            load_config(None, ["--science.regime.name", "frozen", "--data.source", "slides"])
+
+    def test_only_some_choose_tiles(self) -> None:
+        with pytest.raises(ConfigError, match="only sampled and select choose tiles"):
+            load_config(None, ["--science.regime.how", "top"])

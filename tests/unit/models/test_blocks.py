@@ -74,13 +74,21 @@ def test_the_first_blocks_want_no_gradient() -> None:
     assert all((p.grad is not None) == p.requires_grad for p in frozen.parameters())
 
 
+def test_all_but_the_last_blocks() -> None:
+    last = trained(build_encoder(Encoder(name="resnet18", freeze_blocks=-1)))
+    assert {name.partition(".")[0] for name in last} == {"layer4"}
+    assert trained(build_encoder(Encoder(name="small_cnn", freeze_blocks=-4))) == trained(
+        build_encoder(Encoder(name="small_cnn"))
+    )
+
+
 def test_all_blocks_may_be_fixed_and_no_more() -> None:
     frozen = build_encoder(Encoder(name="small_cnn", freeze_blocks=4))
     assert trained(frozen) == set()
     assert not frozen(torch.rand(2, 3, 32, 32), None).requires_grad
-    with pytest.raises(ConfigError, match="freeze_blocks=5: the encoder has 4 blocks; use 0 to 4"):
+    with pytest.raises(ConfigError, match="freeze_blocks=5: the encoder has 4 blocks; use -4 to 4"):
         build_encoder(Encoder(name="small_cnn", freeze_blocks=5))
-    with pytest.raises(ConfigError, match="freeze_blocks=14: the encoder has 11 blocks; use 0 to 11"):
+    with pytest.raises(ConfigError, match="freeze_blocks=14: the encoder has 11 blocks; use -11 to 11"):
         build_encoder(Encoder(name="timm/test_convnext", freeze_blocks=14))
 
 
