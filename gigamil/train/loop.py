@@ -38,6 +38,7 @@ from gigamil.train.engine import DeepSpeedEngine, TrainingState, deepspeed_confi
 from gigamil.train.handshake import refuse_unlike_data
 from gigamil.train.identity import refuse_other_run, run_identity
 from gigamil.train.memory import MemoryMeter, import_encoder, peak_memory_bytes
+from gigamil.train.monitor import AttentionMonitor, encoder_drift
 from gigamil.train.plan import best_chunk, memory_of_shared
 from gigamil.train.prepare import prepare_model, set_batchnorm, warm_start
 from gigamil.train.recorder import Recorder
@@ -119,6 +120,7 @@ class Trainer:
             import_encoder(config)
         self._memory = MemoryMeter(device, config)
         self._memory_above = 0
+        self._start: dict[str, torch.Tensor] = {}
         generation = first_rank_says(ranks, self._store.find())  # a shared folder may look older to some ranks
         with all_or_none(ranks, device):
             model, state = self._load(generation)
@@ -203,9 +205,15 @@ class Trainer:
         self._shares = tuple(parameters_by_rate(model.encoder.backbone, science.optim.layer_decay))
         data = self.data
         self._source = open_source(self.config, data.shards, list(data.splits.split_of()), self._device, data.paths)
+        # A continued run has its weights from the checkpoint; these are to tell how far it has come from its start.
+        if science.warm_start is not None and (state is None or science.warm_start.is_dir()):
+            warm_start(model, science.warm_start)
+        if self._ranks.topology.rank == 0:
+            trained = (
+                (name, p) for name, p in model.named_parameters() if name.startswith("encoder.") and p.requires_grad
+            )
+            self._start = {name: parameter.detach().clone() for name, parameter in trained}
         if state is None:
-            if science.warm_start is not None:
-                warm_start(model, science.warm_start)
             if self._is_on_features and self._ranks.topology.rank == 0 and unused_keys(self.config):
                 _log.warning(
                     "data.source=features trains no encoder; not used: %s", ", ".join(unused_keys(self.config))
@@ -302,7 +310,8 @@ class Trainer:
                 seconds = time.perf_counter() - start
                 start = time.perf_counter()
                 wait_s, self._last_wait = loader.wait_s - self._last_wait, loader.wait_s
-                self._meter.note(tiles.num_tiles, seconds, wait_s, loader.wait_s - read_s)  # type: ignore[union-attr]
+                inside_s = loader.wait_s - read_s
+                self._meter.note(tiles.num_tiles, seconds, wait_s, inside_s, result.signal)  # type: ignore[union-attr]
                 self._report_step(plan, result, rates, seconds, wait_s)
                 if self.progress.step % self.config.bookkeeping.ranks_every == 0:
                     self._compare_ranks()
@@ -355,7 +364,7 @@ class Trainer:
 
     def _finish_epoch(self) -> None:
         done = self.progress.epoch
-        values = self._validate()
+        values, drift = self._validate(), self._drift()
         score, loss = values.get(self._score_name), values.get("loss")
         better = self._is_better(score, loss)
         self.progress = replace(self.progress, epoch=done + 1, step_in_epoch=0)
@@ -365,7 +374,7 @@ class Trainer:
         else:
             self.progress = replace(self.progress, epochs_without_better=self.progress.epochs_without_better + 1)
         if self._recorder is not None:
-            self._recorder.epoch(self.progress.step, done + 1, better, values, self._score_name)
+            self._recorder.epoch(self.progress.step, done + 1, better, values, self._score_name, drift)
         self._save(best=better)
 
     def _validate(self) -> dict[str, float | None]:
@@ -378,21 +387,33 @@ class Trainer:
         """
         if not len(self._val):
             return {}
-        logits = []
+        logits, monitor = [], AttentionMonitor()
         loader = self._loader(self._val)
         self.engine.module.eval()
         shares = self._span_shares.at(self.progress.step)
         plans = [replace(plan, shares=shares) for plan in self._plans(self._val.sizes, range(len(self._val)))]
         for plan, tiles in loader.iterate(plans):
             self._agree(tiles if isinstance(tiles, Exception) else None)
-            logits.append(self._evaluator.evaluate(plan, tiles)[0])  # type: ignore[arg-type]
+            found_SK, attention_nA = self._evaluator.evaluate(plan, tiles)  # type: ignore[arg-type]
+            logits.append(found_SK)
+            monitor.note(plan, tiles, attention_nA, self._ranks)  # type: ignore[arg-type]
         self.engine.module.train()
         logits_SK = torch.cat(logits).cpu()
         if not torch.isfinite(logits_SK).all():
             bad = [self._val.slide_ids[i] for i in torch.nonzero(~torch.isfinite(logits_SK).all(1)).flatten()]
             raise TrainingError(f"the prediction of validation slides {bad[:5]} is not finite")
+        classes_S = self._task.class_numbers(self._val.target_SX)
+        health: dict[str, float | None] = dict(monitor.values([] if classes_S is None else (classes_S == 0).tolist()))
+        if self._recorder is not None and (warning := monitor.warning()) is not None:
+            _log.warning("%s", warning)
         # Ranks on unlike processors could differ in the last bit, and then on early stopping.
-        return first_rank_says(self._ranks, validation_values(self._task, self._val.target_SX, logits_SK))
+        values = validation_values(self._task, self._val.target_SX, logits_SK)
+        return first_rank_says(self._ranks, values | health)
+
+    def _drift(self) -> float | None:
+        """How far the encoder has come; known to rank 0 alone. All ranks call it."""
+        with self.engine.gathered():
+            return encoder_drift(dict(self.engine.module.named_parameters()), self._start)
 
     def _is_better(self, score: float | None, loss: float | None) -> bool:
         before, before_loss = self.progress.best_score, self.progress.best_loss

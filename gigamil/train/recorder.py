@@ -90,14 +90,24 @@ class Recorder:
         self._write("skipped", step=step, slides=list(slide_ids))
         _log.warning("step %d skipped on all ranks: loss or gradient not finite, slides %s", step, list(slide_ids))
 
-    def epoch(self, step: int, epoch: int, better: bool, values: Mapping[str, float | None], selected_by: str) -> None:
+    def epoch(
+        self,
+        step: int,
+        epoch: int,
+        better: bool,
+        values: Mapping[str, float | None],
+        selected_by: str,
+        drift: float | None = None,
+    ) -> None:
         """Validation after an epoch.
 
         Args:
             values: by metric; empty without validation slides.
             selected_by: the metric that chooses the best epoch.
+            drift: of the encoder since the start of the run; None if it is not trained.
         """
         named = {f"val_{name}": value for name, value in values.items()}
+        named |= {} if drift is None else {"encoder_drift": drift}
         self._write("epoch", epoch=epoch, step=step, better=better, selected_by=selected_by, **named)
         if self._config.bookkeeping.progress:
             shown = {name: values.get(name) for name in dict.fromkeys((selected_by, "loss"))}
@@ -121,7 +131,7 @@ class Recorder:
         }
         by_rank = {
             name: [round(value, 6) for value in getattr(times, name)]
-            for name in ("tiles", "step_s", "data_s", "own_s", "rest_s", "wait_s")
+            for name in ("tiles", "step_s", "data_s", "own_s", "rest_s", "wait_s", "gradient_share")
         }
         self._write(
             "ranks", step=step, epoch=epoch, steps=times.steps, **means, hosts=list(hosts), shares=shares, **by_rank

@@ -90,7 +90,7 @@ class Ranks:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a training step reports; equal on all ranks, but for `error`.
+    """What a training step reports; equal on all ranks, but for `error` and `signal`.
 
     Attributes:
         loss: weighted mean over the step's slides.
@@ -101,6 +101,7 @@ class StepResult:
         bad_tile: (position of its slide, its number) of the first tile whose embedding is not finite, on the lowest
             rank that has one; None without any.
         error: what this rank met when it read its tiles; the step was skipped on all ranks.
+        signal: squared norm of dL/dh of this rank's tiles.
     """
 
     loss: float
@@ -109,6 +110,7 @@ class StepResult:
     grad_norm: float
     bad_tile: tuple[int, int] | None = None
     error: Exception | None = None
+    signal: float = 0.0
 
 
 class OutOfMemory(Exception):
@@ -273,7 +275,9 @@ class ExactStep:
         skipped = tuple(int(i) for i in torch.nonzero(~is_finite_S).flatten())
         mean_loss = float((slide_loss_S * weight_S).sum() / (weight_S.sum() or 1.0))
         if math.isfinite(norm) and not skipped:
-            return StepResult(mean_loss, slide_loss_S, (), norm)
+            grad_nD = forward.embedding_nD.grad
+            signal = 0.0 if grad_nD is None else float(grad_nD.double().square().sum())
+            return StepResult(mean_loss, slide_loss_S, (), norm, signal=signal)
         # The gradient is the world's, so all ranks are here; no slide alone is to blame for a norm.
         bad_tile = self._find_blame(calls, forward)
         return StepResult(

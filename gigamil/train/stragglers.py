@@ -89,6 +89,7 @@ class RankTimes:
         step_s: the whole step.
         data_s: waiting for tiles.
         own_s: encoding and back-propagating them.
+        gradient_share: of the squared norm of dL/dh of all tiles, what those of each rank have.
     """
 
     steps: int
@@ -96,6 +97,7 @@ class RankTimes:
     step_s: tuple[float, ...]
     data_s: tuple[float, ...]
     own_s: tuple[float, ...]
+    gradient_share: tuple[float, ...]
 
     @cached_property
     def rest_s(self) -> tuple[float, ...]:
@@ -145,9 +147,9 @@ class RankMeter:
         self.clock = ComputeClock(device)
         self._ranks = ranks
         self._device = device
-        self._sums = torch.zeros(5, dtype=torch.float64)
+        self._sums = torch.zeros(6, dtype=torch.float64)
 
-    def note(self, tiles: int, step_s: float, data_s: float, data_inside_s: float) -> None:
+    def note(self, tiles: int, step_s: float, data_s: float, data_inside_s: float, signal: float) -> None:
         """Add a step.
 
         Args:
@@ -155,21 +157,24 @@ class RankMeter:
             step_s: of the whole step.
             data_s: that it has waited for tiles.
             data_inside_s: what of that was while the clock ran.
+            signal: squared norm of dL/dh of its tiles.
         """
         # A GPU that waits for tiles within the work is in both.
         own_s = min(self.clock.take(data_inside_s), max(0.0, step_s - data_s))
-        self._sums += torch.tensor([1.0, tiles, step_s, data_s, own_s], dtype=torch.float64)
+        self._sums += torch.tensor([1.0, tiles, step_s, data_s, own_s, signal], dtype=torch.float64)
 
     def gather(self) -> RankTimes:
         """The times of all ranks since the last call. All ranks call it, after one step at least.
 
-        Cost: one all-gather of 5 numbers.
+        Cost: one all-gather of 6 numbers.
         """
         values, self._sums = self._sums.to(self._device), torch.zeros_like(self._sums)
         table_RX = values[None] if self._ranks.world is None else stack_ranks(values, self._ranks.world)
         steps = int(table_RX[0, 0])
-        tiles, step_s, data_s, own_s = (tuple((column / steps).tolist()) for column in table_RX[:, 1:].T)
-        return RankTimes(steps, tiles, step_s, data_s, own_s)
+        tiles, step_s, data_s, own_s = (tuple((column / steps).tolist()) for column in table_RX[:, 1:5].T)
+        signal_R = table_RX[:, 5]
+        shares = (signal_R / signal_R.sum().clamp(min=torch.finfo(signal_R.dtype).tiny)).tolist()
+        return RankTimes(steps, tiles, step_s, data_s, own_s, tuple(shares))
 
 
 class Straggler(NamedTuple):

@@ -98,6 +98,8 @@ def test_from_slides_to_report(name: str, cohort: Path, tmp_path: Path) -> None:
     assert all(math.isfinite(line["loss"]) for line in lines if line["kind"] == "step")
     epochs = [line for line in lines if line["kind"] == "epoch"]
     assert all(math.isfinite(line["val_loss"]) for line in epochs)
+    assert all(0 <= line["val_attention_entropy"] <= 1 + 1e-6 and line["val_attention_max_n"] >= 1 for line in epochs)
+    assert 0 < epochs[0]["encoder_drift"] < epochs[1]["encoder_drift"] < 1
     facts = json.loads((out / "run.json").read_text())
     assert facts["best_val"]["metric"] == epochs[0]["selected_by"]
     assert evaluation["headline_metric"] == metric

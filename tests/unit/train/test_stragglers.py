@@ -31,7 +31,7 @@ def times(own_s: list[float], tiles: list[float] | None = None, data_s: list[flo
     num = len(own_s)
     data_s = data_s or [0.0] * num
     step_s = max(own + data for own, data in zip(own_s, data_s, strict=True)) + 0.5
-    return RankTimes(10, tuple(tiles or [100.0] * num), (step_s,) * num, tuple(data_s), tuple(own_s))
+    return RankTimes(10, tuple(tiles or [100.0] * num), (step_s,) * num, tuple(data_s), tuple(own_s), (1 / num,) * num)
 
 
 class TestParts:
@@ -58,14 +58,14 @@ class TestMeter:
             pass
         with meter.clock.running():
             pass
-        meter.note(30, 4.0, 0.75, 0.25)
+        meter.note(30, 4.0, 0.75, 0.25, 2.0)
         with meter.clock.running():
             pass
-        meter.note(10, 3.0, 0.25, 0.0)
+        meter.note(10, 3.0, 0.25, 0.0, 3.0)
         found = meter.gather()
-        assert found == RankTimes(2, (20.0,), (3.5,), (0.5,), (1.625,))  # (1 + 0.5 - 0.25 + 2) / 2
-        meter.note(8, 1.0, 0.0, 0.0)
-        assert meter.gather() == RankTimes(1, (8.0,), (1.0,), (0.0,), (0.0,))
+        assert found == RankTimes(2, (20.0,), (3.5,), (0.5,), (1.625,), (1.0,))  # (1 + 0.5 - 0.25 + 2) / 2
+        meter.note(8, 1.0, 0.0, 0.0, 0.0)
+        assert meter.gather() == RankTimes(1, (8.0,), (1.0,), (0.0,), (0.0,), (0.0,))
 
     def test_the_clock_counts_what_an_error_breaks_off(self, monkeypatch: pytest.MonkeyPatch) -> None:
         ticks = iter([0.0, 3.0])
@@ -99,8 +99,8 @@ class TestMeter:
         meter.clock = ComputeClock(torch.device("cuda"))
         with meter.clock.running():
             pass
-        meter.note(10, 3.0, 1.0, 1.0)
-        assert meter.gather() == RankTimes(1, (10.0,), (3.0,), (1.0,), (2.0,))
+        meter.note(10, 3.0, 1.0, 1.0, 1.0)
+        assert meter.gather() == RankTimes(1, (10.0,), (3.0,), (1.0,), (2.0,), (1.0,))
 
     def test_waiting_is_never_more_than_the_time(self) -> None:
         assert ComputeClock(torch.device("cpu")).take(1.0) == 0.0
