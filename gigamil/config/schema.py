@@ -224,6 +224,9 @@ class Optim(Section):
     final_lr_fraction: Fraction = Field(0.01, description="the cosine ends at this share of each learning rate")
     clip_norm: Positive | None = Field(1.0, description="largest norm of the whole gradient; null: no clipping")
     freeze_encoder_epochs: Annotated[int, Field(ge=0)] = Field(0, description="epochs that train the head only")
+    ema: BelowOne | None = Field(
+        None, description="decay of a moving average of the weights, which is validated and kept; null: none"
+    )
 
 
 class Science(Section):

@@ -11,12 +11,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gigamil import files
 from gigamil.errors import CheckpointError
+from gigamil.train.average import AVERAGE
 from gigamil.train.engine import TrainingState
 
 FORMAT = 1
@@ -110,10 +111,14 @@ class CheckpointStore:
         return TrainingState(load_file(generation / _PARAMETERS), load_file(generation / _MOMENTS), steps), facts
 
     def load_parameters(self, pointer: str = "best") -> dict[str, Tensor]:
-        """Parameters and buffers of a generation; all its files are verified, as in `read`."""
+        """Parameters and buffers of a generation, averaged ones if there are (`science.optim.ema`); all its files are verified, as in
+        `read`."""
         generation = self._found(pointer)
         self._verify(generation)
-        return load_file(generation / _PARAMETERS)
+        with safe_open(generation / _MOMENTS, "pt") as moments:
+            names = [name for name in moments.keys() if name.endswith(AVERAGE)]  # noqa: SIM118 - it is no dict
+            averages = {name.removesuffix(AVERAGE): moments.get_tensor(name) for name in names}
+        return load_file(generation / _PARAMETERS) | averages
 
     def facts(self, pointer: str = "best") -> dict[str, Any]:
         """What a generation records besides weights and moments; all its files are verified, as in `read`."""

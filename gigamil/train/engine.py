@@ -306,6 +306,18 @@ class DeepSpeedEngine:
                     self._set(parameter, state.moments[f"{name}/{moment}"], moment)
         self._set_optimizer_steps(state.optimizer_steps)
 
+    def working_parts(self) -> dict[str, Tensor]:
+        """What this rank holds of each trained parameter, as the next forward uses it: all of it, at ZeRO 3 a flat part."""
+        if self.stage < 3:
+            return {name: parameter.data for name, parameter in self._trained().items()}
+        return {name: parameter.ds_tensor.data for name, parameter in self._trained().items()}  # type: ignore[attr-defined]
+
+    def own_part(self, name: str, whole: Tensor) -> Tensor:
+        """The part of a whole tensor that `working_parts` would hold of the parameter with that name."""
+        if self.stage < 3:
+            return whole.to(self.device)
+        return self._stage3_part(self._trained()[name], whole.to(self.device))
+
     def _trained(self) -> dict[str, nn.Parameter]:
         """Parameters that the optimiser has; the others (frozen blocks, what LoRA updates) never change."""
         return {name: parameter for name, parameter in self.module.named_parameters() if parameter.requires_grad}
@@ -336,17 +348,20 @@ class DeepSpeedEngine:
     def _set_stage3(self, parameter: nn.Parameter, value: Tensor, moment: str | None) -> None:
         from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
-        # safe_set_full_* fails where the ranks do not divide the size: pad, and take this rank's part.
-        size, rank = parameter.ds_tensor.ds_numel, dist.get_rank()  # type: ignore[attr-defined]
-        padded = torch.zeros(size * dist.get_world_size(), dtype=torch.float32, device=self.device)
-        padded[: value.numel()] = value.flatten()
-        part = padded.narrow(0, rank * size, size)
+        part = self._stage3_part(parameter, value)  # safe_set_full_* fails where the ranks do not divide the size
         if moment is not None:
             safe_set_local_optimizer_state(parameter, part, moment)
             return
         if parameter.requires_grad:
             safe_set_local_fp32_param(parameter, part)
         parameter.ds_tensor.copy_(part)  # type: ignore[attr-defined]  # what the next gather sends
+
+    def _stage3_part(self, parameter: nn.Parameter, value: Tensor) -> Tensor:
+        """This rank's part of a whole tensor, padded to what the ranks divide."""
+        size, rank = parameter.ds_tensor.ds_numel, dist.get_rank()  # type: ignore[attr-defined]
+        padded = torch.zeros(size * dist.get_world_size(), dtype=torch.float32, device=self.device)
+        padded[: value.numel()] = value.flatten()
+        return padded.narrow(0, rank * size, size)
 
     def restart_bias_correction(self, groups: Collection[int]) -> None:
         """Count the updates of parameter groups from zero: their moments are zero too, after epochs without a gradient.

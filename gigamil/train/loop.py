@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from gigamil.partition.choose import sampled_sizes
 from gigamil.partition.schedule import StepPlan, balanced_order, epoch_order, plan_steps
 from gigamil.shards.manifest import SlideManifest
 from gigamil.train.agree import StopSignals, agree, all_or_none, first_rank_says
+from gigamil.train.average import WeightAverage
 from gigamil.train.checkpoint import CheckpointStore
 from gigamil.train.cohort import SlideSet, check_grids, load_training_data, open_source, unused_keys
 from gigamil.train.dense import dense_geometry, largest_grids
@@ -45,6 +46,7 @@ from gigamil.train.recorder import Recorder
 from gigamil.train.records import git_commit, versions
 from gigamil.train.schedule import learning_rates
 from gigamil.train.select import sampled_plans, selected_plan
+from gigamil.train.spent import Spent
 from gigamil.train.step import FEATURE_ROWS, ExactStep, Ranks, StepResult, fit_chunk
 from gigamil.train.stragglers import AgreedShares, RankMeter, StragglerWatch, shares_by_speed
 from gigamil.train.system import sample_system
@@ -69,6 +71,7 @@ class Progress:
         memory_settings: what both were chosen for; other settings choose anew.
         metrics_bytes: size of metrics.jsonl at the commit.
         mlflow_run: id of the MLflow run.
+        spent: on training so far.
     """
 
     epoch: int = 0
@@ -84,6 +87,7 @@ class Progress:
     memory_settings: str = ""
     metrics_bytes: int = 0
     mlflow_run: str | None = None
+    spent: Spent = field(default_factory=Spent)
 
 
 class Trainer:
@@ -133,6 +137,10 @@ class Trainer:
         )
         if state is not None:
             self.engine.load_state(state)
+        decay = config.science.optim.ema
+        self._average = None if decay is None else WeightAverage(self.engine, decay)
+        if self._average is not None and state is not None:
+            self._average.load(state.moments)
         self._steps_per_epoch = -(-len(self._train) // config.science.slides_per_step)
         self._num_steps = self._steps_per_epoch * config.science.epochs
         chunk, num_keep = self._choose_memory()
@@ -214,6 +222,8 @@ class Trainer:
             )
             self._start = {name: parameter.detach().clone() for name, parameter in trained}
         if state is None:
+            encoded = sum(self._train.sizes) if self._is_on_features else 0  # once, by whoever made the features
+            self.progress = replace(self.progress, spent=Spent(tile_forwards=encoded))
             if self._is_on_features and self._ranks.topology.rank == 0 and unused_keys(self.config):
                 _log.warning(
                     "data.source=features trains no encoder; not used: %s", ", ".join(unused_keys(self.config))
@@ -230,7 +240,8 @@ class Trainer:
         """State of a checkpoint; where it stands goes to `progress`."""
         state, facts = self._store.read(generation)
         refuse_other_run(self._identity, facts, self.out)
-        self.progress = Progress(**{name: facts[name] for name in Progress.__dataclass_fields__})
+        known = {name: facts[name] for name in Progress.__dataclass_fields__ if name != "spent"}
+        self.progress = Progress(**known, spent=Spent(**facts.get("spent", {})))
         is_best_epoch_end = self.progress.epoch > 0 and not (
             self.progress.step_in_epoch or self.progress.epochs_without_better
         )
@@ -308,6 +319,7 @@ class Trainer:
                     self._agree(tiles if isinstance(tiles, Exception) else None)
                 result, rates = self._train_step(plan, tiles, train_encoder)  # type: ignore[arg-type]
                 seconds = time.perf_counter() - start
+                self._spend(plan, train_encoder, seconds)
                 start = time.perf_counter()
                 wait_s, self._last_wait = loader.wait_s - self._last_wait, loader.wait_s
                 inside_s = loader.wait_s - read_s
@@ -320,6 +332,15 @@ class Trainer:
                 if result.skipped:
                     self._agree(result.error)
                     self._refuse_endless_skips(plan, result)
+
+    def _spend(self, plan: StepPlan, train_encoder: bool, seconds: float) -> None:
+        kept = self._step.num_keep * self._step.chunk
+        spent = self.progress.spent.plus_step(
+            plan, kept=kept, train_encoder=train_encoder, on_features=self._is_on_features
+        )
+        if self._regime.name == "select" and not self._is_on_features:
+            spent = spent.plus_forwards(sum(self._train.sizes[slide] for slide in plan.slides))
+        self.progress = replace(self.progress, spent=spent.plus_time(seconds, self._ranks.topology.world_size))
 
     def _compare_ranks(self) -> None:
         """All ranks learn how long each took for its tiles: for the records, and for the spans of steps to come."""
@@ -353,6 +374,8 @@ class Trainer:
             learning_rates=rates,
             train_encoder=train_encoder,
         )
+        if self._average is not None and not result.skipped:
+            self._average.update(self.progress.step)
         self._memory.above_start()
         self.progress = replace(
             self.progress,
@@ -364,7 +387,8 @@ class Trainer:
 
     def _finish_epoch(self) -> None:
         done = self.progress.epoch
-        values, drift = self._validate(), self._drift()
+        with nullcontext() if self._average is None else self._average.in_place():
+            values, drift = self._validate(), self._drift()
         score, loss = values.get(self._score_name), values.get("loss")
         better = self._is_better(score, loss)
         self.progress = replace(self.progress, epoch=done + 1, step_in_epoch=0)
@@ -374,7 +398,8 @@ class Trainer:
         else:
             self.progress = replace(self.progress, epochs_without_better=self.progress.epochs_without_better + 1)
         if self._recorder is not None:
-            self._recorder.epoch(self.progress.step, done + 1, better, values, self._score_name, drift)
+            extra = self._spent_so_far() | ({} if drift is None else {"encoder_drift": drift})
+            self._recorder.epoch(self.progress.step, done + 1, better, values, self._score_name, extra)
         self._save(best=better)
 
     def _validate(self) -> dict[str, float | None]:
@@ -438,7 +463,7 @@ class Trainer:
             )
 
     def _save(self, best: bool) -> None:
-        state = self.engine.state()  # all ranks take part
+        state = self._state()  # all ranks take part
         self._memory.above_start()
         self._adopt_chunk()
         # Nobody runs ahead of a commit, and a large one on a slow disk takes longer than `execution.timeout_s`.
@@ -450,6 +475,14 @@ class Trainer:
                 self._store.commit(state, facts, step=progress.step, best=best)
         self._memory_above = self._over_ranks(self._memory.above_start(), dist.ReduceOp.MAX)
         self._last_save = time.monotonic()
+
+    def _state(self) -> TrainingState:
+        if self._average is None:
+            return self.engine.state()
+        with self._average.away():  # a stop may come in the middle of validation
+            state = self.engine.state()
+        state.moments.update(self._average.state())
+        return state
 
     def _choose_memory(self) -> tuple[int, int]:
         """Tiles per encoder call, and calls whose graphs are kept: measured once and kept for the life of the run."""
@@ -606,6 +639,7 @@ class Trainer:
             best = {"metric": self._score_name, "value": self.progress.best_score}
             final |= {"best_epoch": self.progress.best_epoch, "best_val": best}
             final["peak_memory_above_start_bytes"] = self._memory_above
+            final["spent"] = self._spent_so_far()
 
     def _report_step(
         self, plan: StepPlan, result: StepResult, rates: list[float], seconds: float, wait_s: float
@@ -621,8 +655,18 @@ class Trainer:
             "tiles_per_s": sum(plan.sizes) / seconds,
             "data_wait_frac": min(1.0, wait_s / seconds),
             "peak_memory_gb": peak_memory_bytes(self._device) / 1e9,
+            **self._spent_so_far(),
         }
         self._recorder.step(self.progress.step, self.progress.epoch + 1, values)
+
+    def _spent_so_far(self) -> dict[str, float]:
+        spent = self.progress.spent
+        return {
+            "tiles_seen": spent.tiles,
+            "tile_forwards": spent.tile_forwards,
+            "seconds": round(spent.seconds, 3),
+            "rank_seconds": round(spent.rank_seconds, 3),
+        }
 
     def _bar(self, title: str, total: int) -> "tqdm[Any]":
         # disable=None: no bar where the output is not a terminal, so that logs of schedulers stay readable.

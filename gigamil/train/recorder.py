@@ -97,17 +97,17 @@ class Recorder:
         better: bool,
         values: Mapping[str, float | None],
         selected_by: str,
-        drift: float | None = None,
+        extra: Mapping[str, float] | None = None,
     ) -> None:
         """Validation after an epoch.
 
         Args:
             values: by metric; empty without validation slides.
             selected_by: the metric that chooses the best epoch.
-            drift: of the encoder since the start of the run; None if it is not trained.
+            extra: what else is known at that time, under its own name.
         """
         named = {f"val_{name}": value for name, value in values.items()}
-        named |= {} if drift is None else {"encoder_drift": drift}
+        named |= extra or {}
         self._write("epoch", epoch=epoch, step=step, better=better, selected_by=selected_by, **named)
         if self._config.bookkeeping.progress:
             shown = {name: values.get(name) for name in dict.fromkeys((selected_by, "loss"))}
