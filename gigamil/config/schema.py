@@ -153,13 +153,18 @@ class Aggregator(Section):
 class Regime(Section):
     """Which part of the encoder learns, and from which tiles."""
 
-    name: Literal["end_to_end", "frozen", "last_blocks", "lora", "sampled", "select"] = Field(
-        "end_to_end", description="frozen: on cached features; sampled, select: from some tiles of each slide"
+    name: Literal["end_to_end", "frozen", "last_blocks", "lora", "sampled", "select", "coupled", "taught"] = Field(
+        "end_to_end", description="frozen: on cached features; sampled, select: some tiles; coupled: ICMIL's rounds"
     )
     blocks: Count = Field(1, description="last_blocks: so many blocks of the encoder learn")
-    tiles: Count = Field(512, description="sampled, select: tiles of a slide in a step, at most")
+    tiles: Count = Field(512, description="sampled, select, coupled: tiles of a slide in a step, at most")
     how: Literal["uniform", "regions", "top", "weighted"] | None = Field(
         None, description="sampled: uniform or regions; select, by attention: top or weighted; null: the first of them"
+    )
+    rounds: Count = Field(1, description="coupled: times that the bag classifier teaches the encoder")
+    tile_epochs: Count = Field(1, description="coupled: epochs of each teaching")
+    confidence: NonNegative = Field(
+        0.0, description="coupled: exponent of |2 a - 1|, by which tiles are trusted; 0: all"
     )
 
     @model_validator(mode="before")

@@ -122,7 +122,7 @@ def cache_features(
         if config.execution.ranks == 1:
             topology = Topology()
             failures = encode_share(config, folder, topology, kind, choose_device(config.execution.device, topology))
-        elif _unfinished(config, shards, folder, kind, _build(config)):  # starting ranks takes seconds
+        elif _unfinished(config, shards, folder, kind, encoder_of_features(config)):  # starting ranks takes seconds
             failures = _launch(config, folder, kind, plugins)
         after = _stamps(folder)
     if failures:
@@ -161,7 +161,7 @@ def encode_share(
         Interrupted: `should_stop` said so; slides in work are not written.
     """
     shards = ShardSet(config.bookkeeping.shard_root, ShardCache.of(config.execution))
-    encoder = _build(config)
+    encoder = encoder_of_features(config)
     if config.science.encoder.weights is None and config.science.warm_start is None and topology.rank == 0:
         _log.warning("science.encoder.weights is null: these are features of an encoder with random weights")
     attributes = _unfinished(config, shards, folder, kind, encoder)
@@ -207,7 +207,7 @@ def kind_of_features(folder: Path) -> Kind:
     return "float32"
 
 
-def _build(config: RunConfig) -> TileEncoder:
+def encoder_of_features(config: RunConfig) -> TileEncoder:
     """The encoder as training would start with it, in evaluation mode, on the CPU."""
     science = config.science
     encoder = build_encoder_alone(science)

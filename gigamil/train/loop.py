@@ -1,5 +1,6 @@
 """The training loop: epochs of exact steps, validation, checkpoints; every decision is taken by all ranks together."""
 
+import copy
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -39,7 +40,7 @@ from gigamil.train.engine import DeepSpeedEngine, TrainingState, deepspeed_confi
 from gigamil.train.handshake import refuse_unlike_data
 from gigamil.train.identity import refuse_other_run, run_identity
 from gigamil.train.memory import MemoryMeter, import_encoder, peak_memory_bytes
-from gigamil.train.monitor import AttentionMonitor, encoder_drift
+from gigamil.train.monitor import AttentionMonitor, AttentionWatch, encoder_drift
 from gigamil.train.plan import best_chunk, memory_of_shared
 from gigamil.train.prepare import prepare_model, set_batchnorm, warm_start
 from gigamil.train.recorder import Recorder
@@ -51,6 +52,7 @@ from gigamil.train.step import FEATURE_ROWS, ExactStep, Ranks, StepResult, fit_c
 from gigamil.train.stragglers import AgreedShares, RankMeter, StragglerWatch, shares_by_speed
 from gigamil.train.system import sample_system
 from gigamil.train.task import chosen_metric, refuse_classless, task_of_run, validation_values
+from gigamil.train.taught import TaughtStep, TrustedTiles, refuse_phases, refuse_untaught
 
 _log = logging.getLogger("gigamil")
 _MAX_SKIPPED_IN_A_ROW = 3
@@ -111,7 +113,8 @@ class Trainer:
         stop: StopSignals | None = None,
         meeting: Meeting | None = None,
     ) -> None:
-        self.config = config
+        refuse_phases(config)
+        self.config, self._regime = config, config.science.regime
         self.out = config.bookkeeping.out
         self.progress = Progress()
         self._ranks = ranks
@@ -125,6 +128,7 @@ class Trainer:
         self._memory = MemoryMeter(device, config)
         self._memory_above = 0
         self._start: dict[str, torch.Tensor] = {}
+        self._teacher: SlideModel | None = None
         generation = first_rank_says(ranks, self._store.find())  # a shared folder may look older to some ranks
         with all_or_none(ranks, device):
             model, state = self._load(generation)
@@ -148,10 +152,11 @@ class Trainer:
         share = partial(memory_budget, config.execution.tile_cache, local_ranks=ranks.topology.local_size, default=0.25)
         self._device_bytes, self._main_bytes = share(device=device), share(device=torch.device("cpu"))
         self._meter, self._watch = RankMeter(ranks, device), StragglerWatch()
+        self._attention = AttentionWatch()
         self._span_shares = AgreedShares(config.execution.prefetch)
-        self._step = self._make_step(self._train, chunk, num_keep, self._meter.clock.running)
+        self._step = self._make_train_step(chunk, num_keep)
         self._evaluator = self._make_step(self._val, chunk, 0)
-        self._regime, self._scanner = config.science.regime, self._make_step(self._train, chunk, 0)
+        self._scanner = self._make_step(self._train, chunk, 0)
         self._last_save = time.monotonic()
         self._last_wait = 0.0
         with all_or_none(ranks, device):
@@ -216,6 +221,9 @@ class Trainer:
         # A continued run has its weights from the checkpoint; these are to tell how far it has come from its start.
         if science.warm_start is not None and (state is None or science.warm_start.is_dir()):
             warm_start(model, science.warm_start)
+        if science.regime.name == "taught":
+            refuse_untaught(self.config, model, self._task)
+            self._teacher = copy.deepcopy(model)
         if self._ranks.topology.rank == 0:
             trained = (
                 (name, p) for name, p in model.named_parameters() if name.startswith("encoder.") and p.requires_grad
@@ -297,6 +305,25 @@ class Trainer:
             class_of=self._task.class_numbers,
         )
 
+    def _make_train_step(self, chunk: int, num_keep: int) -> ExactStep | TaughtStep:
+        alone = self._meter.clock.running
+        if self._teacher is None:
+            return self._make_step(self._train, chunk, num_keep, alone)
+        science = self.config.science
+        trust = None
+        if self._regime.confidence and science.warm_start is not None:
+            trust = TrustedTiles(self._teacher, science.warm_start, self._train.slide_ids, self._regime.confidence)
+        return TaughtStep(
+            self.engine,
+            self._ranks,
+            self._teacher,
+            chunk=chunk,
+            keys=DrawKeys(science.seed, self._train.slide_ids),
+            augment=partial(augment_tiles, settings=science.augment),
+            trust=trust,
+            alone=alone,
+        )
+
     def _train_epoch(self) -> None:
         epoch = self.progress.epoch
         num_frozen = self.config.science.optim.freeze_encoder_epochs
@@ -334,12 +361,15 @@ class Trainer:
                     self._refuse_endless_skips(plan, result)
 
     def _spend(self, plan: StepPlan, train_encoder: bool, seconds: float) -> None:
-        kept = self._step.num_keep * self._step.chunk
+        is_taught = self._teacher is not None
+        kept = sum(plan.sizes) if is_taught else self._step.num_keep * self._step.chunk
         spent = self.progress.spent.plus_step(
             plan, kept=kept, train_encoder=train_encoder, on_features=self._is_on_features
         )
         if self._regime.name == "select" and not self._is_on_features:
             spent = spent.plus_forwards(sum(self._train.sizes[slide] for slide in plan.slides))
+        if is_taught:
+            spent = spent.plus_forwards(sum(plan.sizes))  # the teacher's
         self.progress = replace(self.progress, spent=spent.plus_time(seconds, self._ranks.topology.world_size))
 
     def _compare_ranks(self) -> None:
@@ -429,7 +459,7 @@ class Trainer:
             raise TrainingError(f"the prediction of validation slides {bad[:5]} is not finite")
         classes_S = self._task.class_numbers(self._val.target_SX)
         health: dict[str, float | None] = dict(monitor.values([] if classes_S is None else (classes_S == 0).tolist()))
-        if self._recorder is not None and (warning := monitor.warning()) is not None:
+        if self._recorder is not None and (warning := self._attention.look(monitor)) is not None:
             _log.warning("%s", warning)
         # Ranks on unlike processors could differ in the last bit, and then on early stopping.
         values = validation_values(self._task, self._val.target_SX, logits_SK)
@@ -542,7 +572,7 @@ class Trainer:
 
     def _chosen(self, plans: Iterator[StepPlan]) -> Iterator[StepPlan]:
         """Plans with the tiles that take part, where these are drawn before the step."""
-        if self._regime.name != "sampled":
+        if self._regime.name not in ("sampled", "taught"):
             return plans
         train, seed, stride_um = self._train, self.config.science.seed, self._stride_um
         places = self._source.index

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+import yaml
 from torch import nn
 
 from gigamil.data.blocks import SlideGrid
@@ -100,8 +101,8 @@ def set_batchnorm(encoder: nn.Module, execution: "Execution") -> None:
 def warm_start(model: SlideModel, run: Path) -> None:
     """Start from the best weights of another run.
 
-    From a run on features only its head is taken, and only the head goes to a model on features: the encoder is then the
-    one that made the features, or that is trained next.
+    From a run on features its head is taken, and the encoder of the run that it was started from itself, whose features they were;
+    without such a run the encoder stays what `science.encoder` says. Only the head goes to a model on features.
 
     Raises:
         CheckpointError: the run has no checkpoint.
@@ -109,6 +110,10 @@ def warm_start(model: SlideModel, run: Path) -> None:
     """
     found, wanted = CheckpointStore(run / "checkpoints").load_parameters("best"), model.state_dict()
     both_have_encoders = all(any(map(_is_encoder, names)) for names in (found, wanted))
+    if not any(map(_is_encoder, found)) and any(map(_is_encoder, wanted)):
+        origin = _start_of(run)
+        if origin is not None:
+            warm_start(model, origin)
     if not both_have_encoders:
         found, wanted = ({k: v for k, v in state.items() if not _is_encoder(k)} for state in (found, wanted))
     names = found.keys() | wanted.keys()
@@ -116,6 +121,15 @@ def warm_start(model: SlideModel, run: Path) -> None:
     if odd:
         raise ConfigError(f"science.warm_start: the model in '{run}' is another one (for example {sorted(odd)[:3]})")
     model.load_state_dict(found, strict=both_have_encoders)
+
+
+def _start_of(run: Path) -> Path | None:
+    """The run that a run was started from."""
+    path = run / "config.resolved.yaml"
+    if not path.is_file():
+        return None
+    start = yaml.safe_load(path.read_text(encoding="utf-8"))["science"].get("warm_start")
+    return None if start is None else Path(start)
 
 
 def _is_encoder(name: str) -> bool:

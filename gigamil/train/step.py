@@ -322,7 +322,7 @@ class ExactStep:
         if bad_tile is not None:
             slide_id = self._keys.slide_ids[plan.slides[bad_tile[0]]]
             raise TrainingError(f"slide '{slide_id}': the embedding of tile {bad_tile[1]} is not finite")
-        return logits_SK, _attention(forward)
+        return logits_SK, attention_of(forward.bag, forward.pooled, forward.logits_BK)
 
     def _losses(self, forward: _Pass, target_S: Tensor, mine: list[int]) -> tuple[Tensor, list[int]]:
         """Losses, and the positions of their slides in the step: the group's, or all of them if they depend on each other.
@@ -771,15 +771,14 @@ def refuse_no_memory(tried: int) -> None:
         )
 
 
-def _attention(forward: _Pass) -> Tensor:
+def attention_of(bag: Bag, pooled: Pooled, logits_BK: Tensor) -> Tensor:
     """Attention (n, A) that sums to 1 over a slide, from what the aggregator gave."""
-    pooled, bag = forward.pooled, forward.bag
     weight_nA = pooled.attention_nA
     if weight_nA is None:
         assert pooled.score_nA is not None, "an aggregator gives attention or scores"
         weight_nA = bag.segment_softmax(pooled.score_nA)
     if pooled.per_class:
-        predicted_n = forward.logits_BK.argmax(1)[bag.slide_index_n]
+        predicted_n = logits_BK.argmax(1)[bag.slide_index_n]
         weight_nA = weight_nA.gather(1, predicted_n[:, None])
     return weight_nA
 

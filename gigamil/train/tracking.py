@@ -12,7 +12,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from gigamil.train.follow import METRICS, Metric, Sent, followed_files, read_bat
 from gigamil.train.records import json_line
 
 PARENT_VARIABLE = "GIGAMIL_MLFLOW_PARENT"
+_URI = "MLFLOW_TRACKING_URI"
 _MAX_PARAM = 500  # characters; longer values are in the resolved configuration, which is an artefact
 _PERIOD_S = 2.0  # between looks at the files: quick steps travel together
 _SYSTEM_PERIOD_S = 15.0  # likewise at those of the machines, of which there may be a thousand on a file server
@@ -61,7 +62,7 @@ class Tracker:
         self._is_lost = False
         self._looked = 0.0  # at the machines' files
         with suppress(Exception):  # here, as threads that import at once may see modules half made; the thread tells
-            _import_mlflow()
+            import_mlflow()
         self._thread = threading.Thread(target=self._work, name="gigamil-mlflow", daemon=True)
         self._thread.start()
 
@@ -363,7 +364,20 @@ class RunSender:
 
 def tracking_uri(out: Path) -> str:
     """Where a run folder is tracked: MLFLOW_TRACKING_URI, else its own SQLite file."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or _own_uri(out)
+    return os.environ.get(_URI) or _own_uri(out)
+
+
+@contextmanager
+def one_store(out: Path, study: str) -> Iterator[None]:
+    """Inside, runs that are started are children of one run, in a store of `out`, unless the environment says otherwise."""
+    wanted = {_URI: _own_uri(out), PARENT_VARIABLE: study}
+    added = {name: value for name, value in wanted.items() if not os.environ.get(name)}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
 
 
 def masked(text: object) -> str:
@@ -433,10 +447,11 @@ def _client(uri: str, timeout_s: float) -> Any:
     # A server that does not answer would hold a call for minutes by default; whoever calls tries again.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", f"{timeout_s:.0f}")
-    return _import_mlflow().MlflowClient(tracking_uri=uri)
+    return import_mlflow().MlflowClient(tracking_uri=uri)
 
 
-def _import_mlflow() -> Any:
+def import_mlflow() -> Any:
+    """MLflow, quiet and without telemetry."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # it may hold a password
     import mlflow

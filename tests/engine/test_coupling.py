@@ -1,0 +1,142 @@
+"""Iterative coupling: phases one after the other, each from the one before; the best classifier on validation slides is kept."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gigamil.config.schema import RunConfig
+from gigamil.coupling import phase_config, phases, train_coupled
+from gigamil.errors import ConfigError
+from gigamil.evaluate.features import encoder_of_features
+from gigamil.pipeline import evaluate_model, train_model
+from gigamil.testing.runs import tiny_run
+from gigamil.train.checkpoint import CheckpointStore
+from gigamil.train.loop import Trainer
+
+
+def coupled(folder: Path, regime: dict[str, Any] | None = None, **science: Any) -> RunConfig:
+    return tiny_run(
+        folder,
+        science={
+            "epochs": 2,
+            "bootstrap": 100,
+            "regime": {"name": "coupled", "rounds": 1, "tiles": 8, "confidence": 2.0} | (regime or {}),
+            **science,
+        },
+        execution={"ranks": 2, "chunk": 4},
+        bookkeeping={"mlflow": True},
+    )
+
+
+def test_phases_are_a_chain() -> None:
+    names = [phase.folder for phase in phases(2)]
+    assert names == ["round1_bags", "round1_tiles", "round2_bags", "round2_tiles", "round3_bags"]
+    assert [None if phase.before is None else phase.before.folder for phase in phases(2)] == [None, *names[:-1]]
+
+
+@pytest.mark.timeout(600)
+def test_rounds_on_two_ranks(tmp_path: Path) -> None:
+    config = coupled(tmp_path)
+    out = config.bookkeeping.out
+    facts = train_model(config)
+    assert facts["status"] == "finished"
+    first, tiles, last = (out / phase.folder for phase in phases(1))
+
+    # The student began as the encoder that made the first features, and has learned.
+    start = encoder_of_features(phase_config(config, phases(1)[0])).state_dict()
+    taught = CheckpointStore(tiles / "checkpoints").load_parameters("best")
+    moved = [name for name, value in start.items() if not torch.equal(value, taught[f"encoder.{name}"])]
+    assert moved
+    # The features of the second classifier are the student's.
+    again = encoder_of_features(phase_config(config, phases(1)[2])).state_dict()
+    assert all(torch.equal(value, taught[f"encoder.{name}"]) for name, value in again.items())
+
+    lines = [json.loads(line) for line in (tiles / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if line["kind"] == "step"]
+    assert losses
+    assert all(loss >= 0 for loss in losses)
+    spent = [line["tile_forwards"] for line in lines if line["kind"] == "step"]
+    sizes = [line["tiles_seen"] for line in lines if line["kind"] == "step"]
+    assert spent == [2 * seen for seen in sizes]  # teacher and student
+
+    values = facts["rounds"]
+    assert len(values) == 2  # type: ignore[arg-type]
+    best = first if facts["best_round"] == 1 else last
+    kept = CheckpointStore(out / "checkpoints").load_parameters("best")
+    head = CheckpointStore(best / "checkpoints").load_parameters("best")
+    assert all(torch.equal(value, kept[name]) for name, value in head.items())
+    encoder = start if best == first else again
+    assert all(torch.equal(value, kept[f"encoder.{name}"]) for name, value in encoder.items())
+
+    joined = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    forwards = [line["tile_forwards"] for line in joined if "tile_forwards" in line]
+    assert forwards == sorted(forwards)
+    assert facts["spent"]["tile_forwards"] == forwards[-1]  # type: ignore[index]
+
+    evaluation = evaluate_model(config)  # on tiles, by the joined model
+    own = evaluate_model(phase_config(config, phases(1)[0 if best == first else 2]))  # on features
+    for name, estimate in evaluation["splits"]["val"]["metrics"].items():
+        wanted = own["splits"]["val"]["metrics"][name]["value"]
+        assert estimate["value"] == (None if wanted is None else pytest.approx(wanted, abs=1e-4))
+
+    before = {path: path.stat().st_mtime_ns for path in out.glob("round*/metrics.jsonl")}
+    assert len(before) == 3
+    assert train_model(config)["best_round"] == facts["best_round"]
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_an_interrupted_chain_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gigamil import coupling
+
+    config, done = coupled(tmp_path), []
+    train = coupling.train_model
+
+    def stopped(own: RunConfig, **named: Any) -> dict[str, object]:
+        if own.bookkeeping.name == "round1_tiles" and len(done) < 2:
+            done.append("stopped")
+            raise KeyboardInterrupt
+        done.append(own.bookkeeping.name)
+        return train(own, **named)
+
+    monkeypatch.setattr(coupling, "train_model", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        train_coupled(config)
+    train_coupled(config)
+    assert done == ["round1_bags", "stopped", "round1_tiles", "round2_bags"]
+
+
+def test_other_settings_are_refused(tmp_path: Path) -> None:
+    config = coupled(tmp_path)
+    (config.bookkeeping.out / "run.json").write_text("{}")
+    train_coupled_once(config)
+    with pytest.raises(ConfigError, match=r"different: science.regime.tiles"):
+        train_coupled(coupled(tmp_path, {"tiles": 9}))
+
+
+def train_coupled_once(config: RunConfig) -> None:
+    """As far as the record of what it is."""
+    with pytest.raises(RuntimeError, match="far enough"):
+        train_coupled(config, say=_enough)
+
+
+def _enough(_: str) -> None:
+    raise RuntimeError("far enough")
+
+
+@pytest.mark.parametrize(
+    ("science", "words"),
+    [
+        ({"regime": {"name": "coupled"}}, "is a chain of runs"),
+        ({"regime": {"name": "taught"}}, "which science.warm_start has to name"),
+    ],
+)
+def test_what_is_no_single_run_is_refused_by_ranks(tmp_path: Path, science: dict[str, Any], words: str) -> None:
+    from gigamil.parallel.topology import Topology
+    from gigamil.train.step import Ranks
+
+    config = tiny_run(tmp_path, science=science)
+    with pytest.raises(ConfigError, match=words):
+        Trainer(config, Ranks(Topology()), torch.device("cpu"))
