@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from gigamil.demo import run_demo as run_demo
     from gigamil.doctor import run_doctor as run_doctor
     from gigamil.evaluate.features import cache_features as cache_features
-    from gigamil.evaluate.predict import load_model as load_model
-    from gigamil.evaluate.predict import predict_slides as predict_slides
     from gigamil.models.aggregator import aggregators as aggregators
     from gigamil.models.bag import Bag as Bag
     from gigamil.models.bag import Pooled as Pooled
@@ -29,10 +27,12 @@ if TYPE_CHECKING:
     from gigamil.pipeline import evaluate_model as evaluate_model
     from gigamil.pipeline import run_pipeline as run_pipeline
     from gigamil.pipeline import split_cohort as split_cohort
+    from gigamil.pipeline import train_model as train_model
+    from gigamil.predict import load_model as load_model
+    from gigamil.predict import predict_files as predict_files
     from gigamil.shards.read import ShardSet as ShardSet
     from gigamil.slides.inspect import inspect_slide as inspect_slide
     from gigamil.slides.reader import open_slide as open_slide
-    from gigamil.train.api import train_model as train_model
     from gigamil.train.loop import Trainer as Trainer
     from gigamil.train.loss import losses as losses
     from gigamil.train.plan import Plan as Plan
@@ -49,18 +49,17 @@ _HOMES = {
     "demo": ("run_demo",),
     "doctor": ("run_doctor",),
     "evaluate.features": ("cache_features",),
-    "evaluate.predict": ("load_model", "predict_slides"),
     "models.aggregator": ("aggregators",),
     "models.bag": ("Bag", "Pooled"),
     "models.dropout": ("KeyedDropout",),
     "models.encoder": ("encoders",),
     "models.networks": ("FrozenStatistics",),
     "models.slide_model": ("SlideModel",),
-    "pipeline": ("draw_heatmaps", "evaluate_model", "run_pipeline", "split_cohort"),
+    "predict": ("load_model", "predict_files"),
+    "pipeline": ("draw_heatmaps", "evaluate_model", "run_pipeline", "split_cohort", "train_model"),
     "shards.read": ("ShardSet",),
     "slides.inspect": ("inspect_slide",),
     "slides.reader": ("open_slide",),
-    "train.api": ("train_model",),
     "train.loop": ("Trainer",),
     "train.loss": ("losses",),
     "train.plan": ("Plan", "plan_run"),
@@ -90,7 +89,7 @@ __all__ = [
     "losses",
     "open_slide",
     "plan_run",
-    "predict_slides",
+    "predict_files",
     "run_demo",
     "run_doctor",
     "run_pipeline",

@@ -186,7 +186,35 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="also draw the size of the gradient of the predicted class's logit by the pixels; dense encoders only",
     )
-    verb("run", _run, "tile, split, train, evaluate, heatmap; what is done is skipped")
+    run = verb("run", _run, "tile, split, train, evaluate, heatmap; what is done is skipped")
+    study = run.add_argument_group("cross-validation: a run per fold and seed in <out>/study, and one report of all")
+    study.add_argument("--folds", type=_folds, metavar="all|K,K,...", help="all folds of the cohort, or these, from 0")
+    study.add_argument("--seeds", type=_count, metavar="N", help="so many runs of each fold (1)")
+    study.add_argument("--report-only", action="store_true", help="train nothing: a report of the runs that are done")
+    compare = verb("compare", _compare, "runs or studies side by side, on the slides that all predict", config=False)
+    compare.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="evaluated run, or study; the first is the reference"
+    )
+    compare.add_argument(
+        "--to", type=Path, default=Path("comparison"), metavar="DIR", help="table, figures, page (%(default)s)"
+    )
+    compare.add_argument("--metric", metavar="NAME", help="that is shown first (the task's)")
+    compare.add_argument(
+        "--bootstrap", type=_count, default=1000, metavar="N", help="resamples of patients (%(default)s)"
+    )
+    predict = verb("predict", _predict, "predict new slide files with a trained model", config=False)
+    predict.add_argument("slides", nargs="+", type=Path, metavar="SLIDE", help="slide files, or DICOM folders")
+    predict.add_argument(
+        "--run", type=Path, required=True, metavar="DIR", help="trained run, or folder of `gigamil export`"
+    )
+    predict.add_argument(
+        "--to", type=Path, metavar="DIR", help="predictions.csv, tiles, heatmaps (DIR of --run/new_slides)"
+    )
+    predict.add_argument("--mpp", type=_positive, help="micron per pixel, for files that carry none")
+    predict.add_argument("--no-heatmaps", action="store_true", help="numbers only")
+    export = verb("export", _export, "the best model of a run: safetensors, JSON, and an MLflow model", config=False)
+    export.add_argument("folder", type=Path, metavar="RUN", help="evaluated run")
+    export.add_argument("--to", type=Path, metavar="DIR", help="folder (RUN/export)")
     sync = verb("sync", _sync, "send a run folder to an MLflow server: what it does not have yet", config=False)
     sync.add_argument("folder", type=Path, metavar="RUN", help="run folder (bookkeeping.out); not while it is trained")
     sync.add_argument("--to", metavar="URI", help="http://HOST:PORT, ... (MLFLOW_TRACKING_URI, else RUN/mlflow.db)")
@@ -455,7 +483,7 @@ def _bench(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 
 def _train(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
-    from gigamil.train.api import train_model
+    from gigamil.pipeline import train_model
 
     facts = train_model(_load(arguments, overrides), plugins=arguments.plugin)
     best: Any = facts["best_val"]
@@ -485,10 +513,56 @@ def _heatmap(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 
 def _run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
+    from gigamil.errors import ConfigError, TrainingError
     from gigamil.pipeline import run_pipeline
 
-    result = run_pipeline(_load(arguments, overrides), plugins=arguments.plugin)
+    config = _load(arguments, overrides)
+    if arguments.folds is None:
+        if arguments.seeds is not None or arguments.report_only:
+            raise ConfigError("--seeds and --report-only are of a study: add --folds all")
+        result = run_pipeline(config, plugins=arguments.plugin)
+        print(json.dumps(result), flush=True)
+        return 0
+    from gigamil.study import run_study
+
+    result = run_study(
+        config,
+        folds=arguments.folds or None,
+        seeds=arguments.seeds or 1,
+        plugins=arguments.plugin,
+        report_only=arguments.report_only,
+    )
     print(json.dumps(result), flush=True)
+    return TrainingError.exit_code if result["failed"] else 0
+
+
+def _compare(arguments: argparse.Namespace, _overrides: Sequence[str]) -> int:
+    from gigamil.evaluate.comparison import COMPARISON_PAGE, compare_runs, comparison_text
+
+    found = compare_runs(arguments.runs, arguments.to, metric=arguments.metric, num_bootstrap=arguments.bootstrap)
+    print(comparison_text(found))
+    print(arguments.to / COMPARISON_PAGE)
+    return 0
+
+
+def _predict(arguments: argparse.Namespace, _overrides: Sequence[str]) -> int:
+    from gigamil.predict import predict_files, predictions_text
+
+    found = predict_files(
+        arguments.slides, arguments.run, arguments.to, mpp=arguments.mpp, heatmaps=not arguments.no_heatmaps
+    )
+    print(predictions_text(found))
+    return 0
+
+
+def _export(arguments: argparse.Namespace, _overrides: Sequence[str]) -> int:
+    from gigamil.evaluate.exported import export_run
+    from gigamil.evaluate.mlflow_export import save_mlflow_model
+
+    folder = export_run(arguments.folder, arguments.to or arguments.folder / "export")
+    model = save_mlflow_model(folder, folder / "mlflow")
+    print(folder)
+    print(f"mlflow models predict --env-manager local -m {model} -t csv -i slides.csv   # a column 'slide' of paths")
     return 0
 
 
@@ -507,6 +581,15 @@ def _count(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} must be at least 1")
     return value
+
+
+def _folds(text: str) -> list[int]:
+    if text == "all":
+        return []
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither all nor numbers with commas, as 0,2") from None
 
 
 def _part(text: str) -> tuple[int, int]:

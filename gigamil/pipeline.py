@@ -1,6 +1,5 @@
 """The verbs as Python calls: each does one stage of a run, and `run_pipeline` does all of them, skipping what is done."""
 
-import csv
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -13,10 +12,10 @@ import torch
 
 from gigamil.config.load import absolute_paths
 from gigamil.config.schema import RunConfig
+from gigamil.coupling import train_coupled
 from gigamil.data.cohort import load_cohort
-from gigamil.data.features import FeatureSet, features_folder
+from gigamil.data.features import FeatureSet
 from gigamil.data.folds import freeze_folds, make_folds
-from gigamil.data.scan import slide_id_of
 from gigamil.data.split import (
     Splits,
     check_splits,
@@ -29,11 +28,12 @@ from gigamil.data.split import (
     tile_leaks,
 )
 from gigamil.data.targets import load_target_table, read_targets
-from gigamil.data.tile import TileReport, tile_cohort
-from gigamil.errors import CohortError, ConfigError, EnvironmentFault, ShardError, SlideError
+from gigamil.data.tile import refuse_failures, tile_cohort
+from gigamil.errors import CohortError, ConfigError, EnvironmentFault, ShardError
 from gigamil.evaluate.attention import Box, attention_path, write_attention
-from gigamil.evaluate.features import cache_features, kind_of_features
+from gigamil.evaluate.features import cache_features
 from gigamil.evaluate.heatmap import heatmap_run
+from gigamil.evaluate.new_slides import tile_new
 from gigamil.evaluate.picture import ReadTiles
 from gigamil.evaluate.predict import SlidePrediction, load_model, predict_slides
 from gigamil.evaluate.predictions import FILE_NAME, Predictions, write_predictions
@@ -48,7 +48,7 @@ from gigamil.shards.read import ShardSet
 from gigamil.tasks.classification import Multiclass
 from gigamil.tasks.ordinal import Ordinal
 from gigamil.tasks.store import save_task
-from gigamil.train.api import train_model
+from gigamil.train import api
 from gigamil.train.checkpoint import CheckpointStore
 from gigamil.train.cohort import (
     TiledSlides,
@@ -111,6 +111,14 @@ def split_cohort(config: RunConfig, *, again: bool = False) -> Splits:
         freeze_folds(make_folds(table, config.cohort), path.parent, table, again=True)
     save_splits(splits, path)
     return splits
+
+
+def train_model(config: RunConfig, *, plugins: Sequence[str] = ()) -> dict[str, object]:
+    """Train, or continue: `gigamil.train.api.train_model`, or the phases of `gigamil.coupling.train_coupled`; raises as these."""
+    if config.science.regime.name != "coupled":
+        return api.train_model(config, plugins=plugins)
+    import_plugins(plugins)
+    return train_coupled(config, plugins=plugins, say=lambda words: _say(config.bookkeeping.progress, "train", words))
 
 
 def evaluate_model(config: RunConfig) -> Evaluation:
@@ -251,20 +259,6 @@ def run_pipeline(
     }
 
 
-def refuse_failures(report: TileReport, max_failed: int) -> None:
-    """Refuse to go on when more slides are bad than allowed.
-
-    Raises:
-        SlideError: lists them.
-    """
-    if len(report.bad) > max_failed:
-        lines = "\n".join("  " + row.line() for row in report.bad)
-        raise SlideError(
-            f"{len(report.bad)} slides have no tiles, more than slides.max_failed={max_failed}:\n{lines}\n"
-            "Mend or remove them, or set slides.max_failed."
-        )
-
-
 def _refuse_missing_features(config: RunConfig) -> None:
     """Refuse to go on when more slides have no features than may fail, before they are left out of a split for good."""
     table = load_cohort(config.cohort, need_labels=False, need_files=False)
@@ -352,29 +346,12 @@ def _heatmap_new(
         )
     data = load_training_data(config)
     _refuse_other_checkpoint(config, data)
-    folder.mkdir(parents=True, exist_ok=True)
-    names = _distinct([slide_id_of(path.resolve().name) for path in files])
-    table = folder / "slides.csv"
-    with table.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(["slide_id", "path", "patient_id"])
-        for name, path in zip(names, files, strict=True):
-            writer.writerow([name, path.resolve(), name])
-    cohort = config.cohort.model_copy(update={"table": table, "root": None, "columns": type(config.cohort.columns)()})
-    book = config.bookkeeping.model_copy(update={"out": folder, "shards": folder / "shards", "limit": None})
-    default_mpp = config.slides.default_mpp if mpp is None else mpp
-    slides = config.slides.model_copy(update={"default_mpp": default_mpp})
-    new = config.model_copy(update={"cohort": cohort, "slides": slides, "bookkeeping": book})
-    refuse_failures(tile_cohort(new, progress=config.bookkeeping.progress), 0)
-    if config.data.source == "features":
-        alone = config.execution.model_copy(update={"ranks": 1, "group_size": None})
-        cache_features(new.model_copy(update={"execution": alone}), kind=kind_of_features(features_folder(config)))
-    shards = open_tiles(new, load_cohort(cohort, need_labels=False))
-    _refuse_other_encoder(data.shards, shards, names)
-    paths = {name: path.resolve() for name, path in zip(names, files, strict=True)}
-    _predict_into(folder, config, shards, names, None, paths)
-    saliency = _saliencies(config, model, shards, paths)
-    return heatmap_run(folder, shards, names, lesions_um=lesions_um, saliency=saliency, **_sights(new, shards, paths))
+    new = tile_new(config, files, folder, mpp)
+    _refuse_other_encoder(data.shards, new.tiles, new.slide_ids)
+    _predict_into(folder, config, new.tiles, new.slide_ids, None, new.paths)
+    saliency = _saliencies(config, model, new.tiles, new.paths)
+    sights = _sights(new.config, new.tiles, new.paths)
+    return heatmap_run(folder, new.tiles, new.slide_ids, lesions_um=lesions_um, saliency=saliency, **sights)
 
 
 def _refuse_other_encoder(trained: TiledSlides, new: TiledSlides, names: Sequence[str]) -> None:
@@ -407,12 +384,6 @@ def _sights(config: RunConfig, shards: TiledSlides, paths: Mapping[str, Path] | 
     if config.data.source == "slides":
         return _Sights(read=open_source(config, shards, shards.slide_ids, torch.device("cpu"), paths).read_tiles)
     return _Sights()
-
-
-def _distinct(names: Sequence[str]) -> list[str]:
-    """The names, with a number behind those that came before: a slide may be given as SVS and as DICOM."""
-    before = [names[:position].count(name) for position, name in enumerate(names)]
-    return [f"{name}-{count + 1}" if count else name for name, count in zip(names, before, strict=True)]
 
 
 def _send_results(config: RunConfig) -> None:

@@ -61,12 +61,34 @@ def import_split(path: Path, table: CohortTable, fold: int = 0, inner_fold: int 
     return _ordered(path, pairs, table)
 
 
+def count_folds(path: Path) -> int:
+    """How many splits a file, or a folder of CLAM's files, holds; errors as `import_split`."""
+    if path.is_dir():
+        numbers = {int(found[1]) for file in path.iterdir() if (found := re.fullmatch(r"splits_(\d+)\.csv", file.name))}
+        count = next(number for number in range(len(numbers) + 1) if number not in numbers)  # 0, 1, ... without a gap
+    elif path.suffix.lower() == ".json":
+        count = len(_read_folds(path).folds)
+    elif path.is_file():
+        columns, _ = read_table(path, _WHAT, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+        count = (
+            1 if set(SPLITS) <= set(columns) else sum(re.fullmatch(r"fold_\d+", name) is not None for name in columns)
+        )
+    else:
+        count = 0
+    if not count:
+        raise CohortError(f"no split in '{path}'. Set cohort.splits to a {_WHAT}, or to null to make splits.")
+    return count
+
+
 def _from_folds(path: Path, fold: int, inner_fold: int | None) -> Iterable[tuple[str, str]]:
+    return _read_folds(path).sides(fold, inner_fold).items()
+
+
+def _read_folds(path: Path) -> Folds:
     try:
-        folds = Folds.from_json(path.read_text(encoding="utf-8"))
+        return Folds.from_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:  # also what is not UTF-8
         raise CohortError(f"{_WHAT} '{path}' is no folds.json of `gigamil split`: {error}") from error
-    return folds.sides(fold, inner_fold).items()
 
 
 def _check_number(path: Path, fold: int) -> None:

@@ -447,3 +447,17 @@ def _shown(crew: _Crew, total: int, num_done: int, wanted: bool) -> Iterator[Cal
                 print(f"[{num_done}/{total}] {crew.num_tiles} tiles, {rate:.0f} tiles/s, {left}", flush=True)
 
         yield say
+
+
+def refuse_failures(report: TileReport, max_failed: int) -> None:
+    """Refuse to go on when more slides are bad than allowed.
+
+    Raises:
+        SlideError: lists them.
+    """
+    if len(report.bad) > max_failed:
+        lines = "\n".join("  " + row.line() for row in report.bad)
+        raise SlideError(
+            f"{len(report.bad)} slides have no tiles, more than slides.max_failed={max_failed}:\n{lines}\n"
+            "Mend or remove them, or set slides.max_failed."
+        )

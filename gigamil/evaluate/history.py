@@ -20,7 +20,7 @@ class History:
 
     Epochs carry the number of the last step before them, so that both kinds share one axis. Steps are those that were
     logged (`bookkeeping.log_every`); `num_skipped` counts all steps that no rank took. `val_score` is the metric that chooses the
-    best epoch, `selected_by` its name.
+    best epoch, `selected_by` its name. `tile_forwards` and `rank_seconds` are what training had spent by the end of each epoch.
     """
 
     step: Floats
@@ -31,6 +31,9 @@ class History:
     val_score: Floats
     selected_by: str
     num_skipped: int
+    tiles_seen: Floats
+    tile_forwards: Floats
+    rank_seconds: Floats
 
     @property
     def best_row(self) -> int:
@@ -65,6 +68,9 @@ def read_history(path: Path) -> History:
         val_score=_column(epochs, f"val_{selected_by}"),
         selected_by=selected_by,
         num_skipped=len(lines["skipped"]),
+        tiles_seen=_column(epochs, "tiles_seen"),
+        tile_forwards=_column(epochs, "tile_forwards"),
+        rank_seconds=_column(epochs, "rank_seconds"),
     )
 
 

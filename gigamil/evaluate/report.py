@@ -97,7 +97,7 @@ def _lead(evaluation: Evaluation) -> Html:
     per_class = f" ({', '.join(f'{count} {name}' for name, count in counts.items())})" if counts else ""
     slides, patients = _counted(found["num_slides"], "slide"), _counted(found["num_patients"], "patient")
     name = evaluation["headline_metric"]
-    value = tag("strong", f"{_metric_words(name)} {_value_words(found['metrics'][name])}")
+    value = tag("strong", f"{metric_words(name)} {_value_words(found['metrics'][name])}")
     lead = tag("p", value, f" on {slides} of {patients}{per_class}. Split: {_split_words(split)}.", class_="lead")
     if split == "test":
         return lead
@@ -124,7 +124,7 @@ def _metrics_section(evaluation: Evaluation) -> Html:
     rows = []
     for split in _in_order(evaluation["splits"], evaluation["headline_split"]):
         for key, estimate in evaluation["splits"][split]["metrics"].items():
-            name = _metric_words(key) + (of if key in _OF_CLASSES else "")
+            name = metric_words(key) + (of if key in _OF_CLASSES else "")
             rows.append(("", [_split_words(split), name, *_estimate_cells(estimate, is_share=key in _SHARES)]))
     method = (
         f"Intervals: 2.5th to 97.5th percentile of {evaluation['num_bootstrap']} bootstrap resamples of patients (seed "
@@ -182,7 +182,7 @@ def _split_notes(found: Scores | None, num_unlabelled: int) -> list[str]:
         if not reason and lost:
             reason = f"{lost} resamples were left out, because it was not defined in them"
         if reason:
-            by_reason.setdefault(reason, []).append(_metric_words(name))
+            by_reason.setdefault(reason, []).append(metric_words(name))
     return [*notes, *(f"{', '.join(names)}: {reason}" for reason, names in by_reason.items())]
 
 
@@ -337,7 +337,7 @@ def _counted(count: int, word: str) -> str:
     return f"{count:,} {word}" if count == 1 else f"{count:,} {word}s"
 
 
-def _metric_words(name: str) -> str:
+def metric_words(name: str) -> str:
     """A metric for people; of a number or label among several with its name behind."""
     if name in METRIC_WORDS:
         return METRIC_WORDS[name]

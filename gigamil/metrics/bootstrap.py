@@ -65,7 +65,7 @@ def scores(measure: Measure, patients: Sequence[str], *, num_bootstrap: int, see
     found = measure(np.arange(len(patients)))
     resampled: dict[str, list[float]] = {name: [] for name in found}
     if any(not isinstance(value, str) for value in found.values()):
-        for row_N in _resamples(patient_N, num_bootstrap, seed):
+        for row_N in resampled_rows(patient_N, num_bootstrap, seed):
             for name, value in measure(row_N).items():
                 if not isinstance(value, str):
                     resampled[name].append(value)
@@ -93,7 +93,7 @@ def _minus(a: Value, b: Value) -> Value:
     return b if isinstance(b, str) else a - b
 
 
-def _resamples(patient_N: Ints, num_bootstrap: int, seed: int) -> "list[Ints]":
+def resampled_rows(patient_N: Ints, num_bootstrap: int, seed: int) -> list[Ints]:
     """Rows of the slides of so many patients as there are, drawn with replacement."""
     rng = np.random.default_rng(seed)
     num_patients = int(patient_N.max()) + 1

@@ -12,7 +12,7 @@ _REACHES = (0, 1, 2, 4)  # tiles from the middle of a region to its border: 1, 3
 
 def sampled_sizes(regime: Regime, sizes: Sequence[int]) -> tuple[int, ...]:
     """Tiles of each slide in a step."""
-    return tuple(min(size, regime.tiles) for size in sizes) if regime.name == "sampled" else tuple(sizes)
+    return tuple(min(size, regime.tiles) for size in sizes) if regime.name in ("sampled", "taught") else tuple(sizes)
 
 
 def uniform_tiles(num_tiles: int, count: int, key: str) -> np.ndarray:

@@ -18,6 +18,7 @@ from gigamil.train.step import Ranks
 ONE_TILE = 1.5  # tiles that decide, on average: fewer is one, for practical purposes
 EVEN = 0.999  # of the largest entropy: no tile counts more than another
 MOST = 0.5  # share of slides from which on it is said
+LONG = 5  # epochs without a choice
 
 
 @dataclass
@@ -67,24 +68,53 @@ class AttentionMonitor:
         found["attention_max_n_negative"] = _mean(negative)
         return {name: value for name, value in found.items() if value is not None}
 
-    def warning(self) -> str | None:
-        """What is wrong with the attention of most slides; None if nothing is."""
-        if not self.entropy:
-            return None
-        known = [value for value in self.entropy if not math.isnan(value)]
-        single = sum(tiles < ONE_TILE and not math.isnan(e) for tiles, e in zip(self.tiles, self.entropy, strict=True))
-        if known and single >= MOST * len(known) and len(known) > 1:
+    @property
+    def num_known(self) -> int:
+        """Slides of more than one tile."""
+        return sum(not math.isnan(value) for value in self.entropy)
+
+    @property
+    def num_single(self) -> int:
+        """Slides of more than one tile in which one decides."""
+        return sum(n < ONE_TILE and not math.isnan(e) for n, e in zip(self.tiles, self.entropy, strict=True))
+
+    @property
+    def num_even(self) -> int:
+        """Slides in which all tiles count alike."""
+        return sum(value > EVEN for value in self.entropy)
+
+
+class AttentionWatch:
+    """Says once what is wrong with the attention of most validation slides."""
+
+    def __init__(self) -> None:
+        self._even_in_a_row = 0
+        self._said: set[str] = set()
+
+    def look(self, monitor: AttentionMonitor) -> str | None:
+        """The warning after a validation; None if all is well, or it was said before."""
+        known = monitor.num_known
+        is_single = known > 1 and monitor.num_single >= MOST * known
+        is_even = known > 1 and monitor.num_even >= MOST * known
+        self._even_in_a_row = self._even_in_a_row + 1 if is_even else 0
+        if is_single and self._is_new("single"):
             return (
-                f"attention has collapsed: in {single} of {len(known)} validation slides a single tile decides. Lower "
+                f"attention has collapsed: in {monitor.num_single} of {known} validation slides a single tile decides. Lower "
                 "science.optim.lr_head or lr_encoder, take more slides per step, or an aggregator with several heads or a dropout."
             )
-        even = sum(value > EVEN for value in known)
-        if known and even >= MOST * len(known) and len(known) > 1:
+        # Before anything is learned all count alike.
+        if self._even_in_a_row >= LONG and self._is_new("even"):
             return (
-                f"attention does not choose: in {even} of {len(known)} validation slides all tiles count alike. Before anything is "
-                "learned that is so; if it stays, the aggregator gets no gradient to speak of."
+                f"attention does not choose: for {LONG} epochs all tiles have counted alike in most validation slides (now in "
+                f"{monitor.num_even} of {known}). Raise science.optim.lr_head, or let the head learn first "
+                "(science.optim.freeze_encoder_epochs)."
             )
         return None
+
+    def _is_new(self, kind: str) -> bool:
+        is_new = kind not in self._said
+        self._said.add(kind)
+        return is_new
 
 
 def encoder_drift(parameters: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> float | None:

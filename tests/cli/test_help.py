@@ -31,6 +31,9 @@ VERBS = (
     "evaluate",
     "heatmap",
     "run",
+    "compare",
+    "predict",
+    "export",
     "sync",
 )
 WITH_CONFIG = ("tile", "split", "features", "plan", "simulate", "train", "evaluate", "heatmap", "run")

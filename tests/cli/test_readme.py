@@ -1,6 +1,7 @@
 """What the README promises is there: commands, exit codes, links, folders; and its Python example runs."""
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -53,8 +54,9 @@ def test_the_python_example_runs(tmp_path: Path) -> None:
     data["bookkeeping"]["mlflow"] = False
     (tmp_path / "my.yaml").write_text(to_yaml(RunConfig.model_validate(data)))
     (tmp_path / "example.py").write_text(README.partition("```python\n")[2].partition("```")[0])
+    shutil.copy2(next((tmp_path / "cohort" / "slides").glob("demo-*.tiff")), tmp_path / "new.tiff")
     command = [sys.executable, "example.py"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=280, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     assert re.search(r"^\{'value': [\d.]+, 'ci': \[", result.stdout, flags=re.MULTILINE)
-    assert re.search(r"^demo-\d+ \[[\d.e-]+ +[\d.e-]+\] \[\d+ +\d+ +\d+\]$", result.stdout, flags=re.MULTILINE)
+    assert re.search(r"^new \{'prob_normal': [\d.e-]+, 'prob_tumour': [\d.e-]+\} \[", result.stdout, flags=re.MULTILINE)

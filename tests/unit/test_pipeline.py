@@ -12,6 +12,7 @@ from gigamil.config.schema import RunConfig
 from gigamil.data.features import FeatureSet, features_folder
 from gigamil.data.h5 import write_features
 from gigamil.errors import ConfigError
+from gigamil.evaluate import new_slides
 from gigamil.evaluate.predictions import FILE_NAME, Predictions, write_predictions
 from gigamil.shards.manifest import SlideManifest
 from gigamil.shards.read import ShardSet
@@ -77,7 +78,7 @@ def test_new_slides_get_no_features_of_another_encoder(
 
     write_as(tmp_path / "trained", "old", "ab" * 32)
     train_nothing(monkeypatch, FeatureSet(tmp_path / "trained", 16.0, {}))
-    monkeypatch.setattr(pipeline, "cache_features", lambda new, kind: write_as(features_folder(new), "new", made_by))
+    monkeypatch.setattr(new_slides, "cache_features", lambda new, kind: write_as(features_folder(new), "new", made_by))
     drawn: list[Sequence[str]] = []
     monkeypatch.setattr(pipeline, "heatmap_run", lambda _folder, _shards, names, **_: drawn.append(names) or [])
     slide = write_slide(tmp_path / "new.tiff")
@@ -88,7 +89,7 @@ def test_new_slides_get_no_features_of_another_encoder(
             pipeline.draw_heatmaps(config, [slide])
     else:
         pipeline.draw_heatmaps(config, [slide])
-    assert drawn == ([] if is_refused else [["new"]])
+    assert drawn == ([] if is_refused else [("new",)])
 
 
 def test_a_name_is_an_evaluated_slide_before_it_is_a_file_and_both_get_their_lesions(

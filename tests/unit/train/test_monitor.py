@@ -8,7 +8,7 @@ import torch
 from gigamil.parallel.topology import Topology
 from gigamil.partition.schedule import plan_steps
 from gigamil.testing.exactness import own_tiles
-from gigamil.train.monitor import AttentionMonitor, encoder_drift
+from gigamil.train.monitor import LONG, AttentionMonitor, AttentionWatch, encoder_drift
 from gigamil.train.step import Ranks
 
 TINY = [0.98, 0.01, 0.005, 0.005]  # one tile decides
@@ -45,25 +45,36 @@ def test_slide_of_one_tile_has_no_entropy() -> None:
     monitor = noted([1.0], EVEN)
     assert math.isnan(monitor.entropy[0])
     assert monitor.values([])["attention_entropy"] == pytest.approx(1.0)
-    assert noted([1.0], [1.0]).warning() is None
 
 
-def test_warns_where_one_tile_decides_in_most_slides() -> None:
-    warning = noted(TINY, TINY, [0.4, 0.3, 0.2, 0.1]).warning()
+SOME = [0.4, 0.3, 0.2, 0.1]
+
+
+def test_says_once_where_one_tile_decides_in_most_slides() -> None:
+    watch = AttentionWatch()
+    assert watch.look(noted(TINY, SOME, SOME)) is None
+    warning = watch.look(noted(TINY, TINY, SOME))
     assert warning is not None
     assert "collapsed: in 2 of 3 validation slides a single tile decides" in warning
-    assert noted(TINY, [0.4, 0.3, 0.2, 0.1], [0.1, 0.2, 0.3, 0.4]).warning() is None
+    assert watch.look(noted(TINY, TINY, SOME)) is None
 
 
-def test_warns_where_all_tiles_count_alike() -> None:
-    warning = noted(EVEN, EVEN).warning()
+def test_says_once_where_all_tiles_count_alike_for_long() -> None:
+    watch = AttentionWatch()
+    for _ in range(LONG - 1):
+        assert watch.look(noted(EVEN, EVEN, SOME)) is None
+    assert watch.look(noted(SOME, EVEN, SOME)) is None  # it chooses after all
+    for _ in range(LONG - 1):
+        assert watch.look(noted(EVEN, EVEN, SOME)) is None
+    warning = watch.look(noted(EVEN, EVEN, SOME))
     assert warning is not None
-    assert "does not choose: in 2 of 2" in warning
-    assert noted([0.3, 0.25, 0.2, 0.25], EVEN, [0.4, 0.3, 0.2, 0.1]).warning() is None
+    assert "in most validation slides (now in 2 of 3)" in warning
+    assert watch.look(noted(EVEN, EVEN, SOME)) is None
 
 
-def test_nothing_seen_is_nothing_said() -> None:
-    assert AttentionMonitor().warning() is None
+def test_slides_of_one_tile_say_nothing() -> None:
+    watch = AttentionWatch()
+    assert all(watch.look(noted([1.0], [1.0], [1.0])) is None for _ in range(2 * LONG))
     assert AttentionMonitor().values([]) == {}
 
 

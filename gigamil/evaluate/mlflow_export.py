@@ -1,0 +1,47 @@
+"""Write an exported model as an MLflow model."""
+
+import shutil
+import warnings
+from pathlib import Path
+
+from gigamil.evaluate.exported import FACTS_FILE, WEIGHTS_FILE, load_exported
+from gigamil.train.tracking import import_mlflow
+
+_CODE = Path(__file__).with_name("mlflow_model.py")
+
+
+def save_mlflow_model(exported: Path, to: Path) -> Path:
+    """Write `to`, which `mlflow models predict` and `mlflow models serve` take; one that is there is replaced.
+
+    Args:
+        exported: folder of `gigamil export`.
+        to: MLflow model; it has the weights in it.
+    """
+    mlflow = import_mlflow()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # MLflow's, of its own type hints
+        from mlflow.models.signature import ModelSignature
+        from mlflow.types import ColSpec, Schema
+    names = load_exported(exported, device="cpu").task.predicted_names
+    signature = ModelSignature(
+        Schema([ColSpec("string", "slide")]), Schema([ColSpec("double", name) for name in names])
+    )
+    staging = to.with_name(f".{to.name}.artifact")
+    staging.mkdir(parents=True, exist_ok=True)
+    try:
+        for name in (FACTS_FILE, WEIGHTS_FILE):
+            shutil.copy2(exported / name, staging / name)
+        if to.exists():
+            shutil.rmtree(to)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that no input example is given: it would be a slide
+            mlflow.pyfunc.save_model(
+                str(to),
+                python_model=str(_CODE),
+                artifacts={"model": str(staging)},
+                signature=signature,
+                pip_requirements=["gigamil"],
+            )
+    finally:
+        shutil.rmtree(staging)
+    return to

@@ -1,0 +1,234 @@
+"""Predictions of the same slides by several runs: the folds of a study side by side, its seeds one behind the other.
+
+Shape letters: N slides, X numbers of a target, P numbers that are predicted, S seeds.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from gigamil.data.table import folded
+from gigamil.errors import CohortError
+from gigamil.evaluate.predictions import Predictions
+from gigamil.evaluate.summary import EVALUATION_FILE, targets_and_values
+from gigamil.evaluate.values import read_run
+from gigamil.files import parse_object, replace_file
+from gigamil.metrics.bootstrap import Floats, Ints, Measure, Value
+from gigamil.metrics.task import measure_of
+from gigamil.tasks.classification import Multiclass
+from gigamil.tasks.several import Several
+from gigamil.tasks.store import load_task
+from gigamil.tasks.survival import Cox, DiscreteSurvival
+from gigamil.tasks.task import Task
+
+STUDY_FILE = "study.json"
+
+
+@dataclass(frozen=True)
+class Member:
+    """One run of a study.
+
+    Attributes:
+        fold, seed: which, both from 0.
+        folder: of the run, relative to that of the study.
+        is_finished: it is evaluated, as its files say; jobs of an array need not tell each other.
+        error: why it failed.
+    """
+
+    fold: int
+    seed: int
+    folder: str
+    is_finished: bool = False
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """What is predicted of labelled slides that no model saw in training.
+
+    Attributes:
+        name: of the run or study.
+        slide_ids: all different; of a slide that several folds predict (Monte-Carlo) with the fold behind.
+        patients: whose each is, as splits tell patients apart.
+        folds: of the run that predicted it.
+        target_NX: what is known.
+        value_SNP: what is predicted, by each seed.
+    """
+
+    name: str
+    task: Task
+    slide_ids: tuple[str, ...]
+    patients: tuple[str, ...]
+    folds: tuple[int, ...]
+    target_NX: Floats
+    value_SNP: Floats
+
+    def __len__(self) -> int:
+        return len(self.slide_ids)
+
+    @property
+    def num_seeds(self) -> int:
+        """S."""
+        return len(self.value_SNP)
+
+    def measure(self) -> Measure:
+        """Metrics of rows: of each seed by itself, and the mean over seeds; undefined if of one of them."""
+        of_seeds = [measure_of(self.task, self.target_NX, value_NP) for value_NP in self.value_SNP]
+
+        def mean(row_N: Ints) -> dict[str, Value]:
+            found = [measure(row_N) for measure in of_seeds]
+            return {name: _mean([values[name] for values in found]) for name in found[0]}
+
+        return mean
+
+    def take(self, rows: Sequence[int]) -> "Pooled":
+        """The given slides, in the given order."""
+        chosen = np.asarray(rows, dtype=np.int64)
+        return replace(
+            self,
+            slide_ids=tuple(self.slide_ids[i] for i in rows),
+            patients=tuple(self.patients[i] for i in rows),
+            folds=tuple(self.folds[i] for i in rows),
+            target_NX=self.target_NX[chosen],
+            value_SNP=self.value_SNP[:, chosen],
+        )
+
+
+def read_pooled(folder: Path) -> Pooled:
+    """Held-out slides of a run (its headline split), or those of all finished folds and seeds of a study.
+
+    Raises:
+        CohortError: there is neither; or no slide has a target, or folds have other classes.
+    """
+    if not (folder / STUDY_FILE).is_file():
+        return _read_one(folder, folder.resolve().name, fold=0)
+    done = [member for member in read_study(folder) if member.is_finished]
+    if not done:
+        raise CohortError(f"no run of the study '{folder}' is finished")
+    seeds = sorted({member.seed for member in done})
+    by_seed = {
+        seed: _beside([_read_one(folder / m.folder, m.folder, m.fold) for m in done if m.seed == seed])
+        for seed in seeds
+    }
+    return _behind(folder.resolve().name, [by_seed[seed] for seed in seeds])
+
+
+def read_study(folder: Path) -> list[Member]:
+    """The runs of a study.
+
+    Raises:
+        CohortError: the file is damaged.
+    """
+    path = folder / STUDY_FILE
+    data = parse_object(
+        path.read_text(encoding="utf-8"), f"'{path}'", "delete it and type the same `gigamil run` again"
+    )
+    try:
+        members = [Member(**member) for member in data["members"]]
+    except (KeyError, TypeError) as error:
+        raise CohortError(f"'{path}' is no study: {error}. Delete it and type the same `gigamil run` again.") from error
+    return [replace(member, is_finished=is_evaluated(folder / member.folder)) for member in members]
+
+
+def is_evaluated(run: Path) -> bool:
+    """Whether a run is trained to its end and evaluated."""
+    if not (run / EVALUATION_FILE).is_file() or not (run / "run.json").is_file():
+        return False
+    facts = parse_object(
+        (run / "run.json").read_text(encoding="utf-8"), f"'{run / 'run.json'}'", "delete the run's folder"
+    )
+    return facts.get("status") == "finished"
+
+
+def write_study(folder: Path, members: Sequence[Member]) -> None:
+    """Write study.json."""
+    facts = [{name: value for name, value in vars(m).items() if name != "is_finished"} for m in members]
+    text = json.dumps({"members": facts}, indent=1) + "\n"
+    replace_file(folder / STUDY_FILE, text.encode())
+
+
+def _read_one(run: Path, name: str, fold: int) -> Pooled:
+    predictions = read_run(run)
+    known = predictions.labelled(predictions.headline_split)
+    if not len(known):
+        raise CohortError(f"'{run}': no slide of its {predictions.headline_split} split has a label")
+    target_NX, value_NP = targets_and_values(known)
+    found = load_task(run) or Multiclass(predictions.classes if isinstance(predictions, Predictions) else ())
+    task, target_NX, value_NP = _first(found, target_NX, value_NP)
+    patients = tuple(folded(patient_id) for patient_id in known.patient_ids)
+    return Pooled(name, task, known.slide_ids, patients, (fold,) * len(known), target_NX, value_NP[None])
+
+
+def _first(task: Task, target_NX: Floats, value_NP: Floats) -> tuple[Task, Floats, Floats]:
+    """Of several tasks the first."""
+    if not isinstance(task, Several):
+        return task, target_NX, value_NP
+    part = next(task.parts())
+    return part.task, target_NX[:, part.targets], value_NP[:, part.values]
+
+
+def _beside(folds: Sequence[Pooled]) -> Pooled:
+    """All slides of the folds of one seed."""
+    tasks = [fold.task for fold in folds]
+    times = Counter(slide_id for fold in folds for slide_id in fold.slide_ids)
+    slide_ids = tuple(
+        f"{slide_id} (fold {number})" if times[slide_id] > 1 else slide_id
+        for fold in folds
+        for slide_id, number in zip(fold.slide_ids, fold.folds, strict=True)
+    )
+    task, width = _common(tasks, folds[0].value_SNP.shape[2])
+    return Pooled(
+        folds[0].name,
+        task,
+        slide_ids,
+        tuple(patient for fold in folds for patient in fold.patients),
+        tuple(number for fold in folds for number in fold.folds),
+        np.concatenate([fold.target_NX for fold in folds]),
+        np.concatenate([fold.value_SNP[:, :, :width] for fold in folds], axis=1),
+    )
+
+
+def _common(tasks: Sequence[Task], width: int) -> tuple[Task, int]:
+    """What folds have in common, and how many of their numbers: edges of time differ, but risks may be compared.
+
+    Raises:
+        CohortError: other classes, labels or numbers.
+    """
+    first = tasks[0]
+    if all(task == first for task in tasks):
+        return first, width
+    if isinstance(first, DiscreteSurvival) and all(isinstance(task, DiscreteSurvival) for task in tasks):
+        return Cox(), 1
+    if any(type(task) is not type(first) or task.predicted_names != first.predicted_names for task in tasks):
+        raise CohortError("runs that predict other things cannot be put side by side: are these folds of one study?")
+    return first, width  # weights of classes, and units of numbers, are of each fold
+
+
+def _behind(name: str, seeds: Sequence[Pooled]) -> Pooled:
+    """The slides that all seeds predict."""
+    rows = [{slide_id: i for i, slide_id in enumerate(seed.slide_ids)} for seed in seeds]
+    common = [slide_id for slide_id in seeds[0].slide_ids if all(slide_id in known for known in rows)]
+    if not common:
+        raise CohortError(f"'{name}': no slide is predicted by all seeds; let more folds end")
+    width = min(seed.value_SNP.shape[2] for seed in seeds)
+    first = seeds[0].take([rows[0][slide_id] for slide_id in common])
+    value_SNP = np.concatenate(
+        [
+            seed.take([known[slide_id] for slide_id in common]).value_SNP[:, :, :width]
+            for seed, known in zip(seeds, rows, strict=True)
+        ]
+    )
+    return replace(first, name=name, task=_common([seed.task for seed in seeds], width)[0], value_SNP=value_SNP)
+
+
+def _mean(values: Sequence[Value]) -> Value:
+    numbers = []
+    for value in values:
+        if isinstance(value, str):
+            return value
+        numbers.append(value)
+    return sum(numbers) / len(numbers)

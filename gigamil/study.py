@@ -1,0 +1,158 @@
+"""Cross-validation: every fold of a cohort with several seeds, one run each, on the same shards; then one report for all.
+
+What is finished is not done again, so the same command goes on where it stopped, fold by fold.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from gigamil.config.load import absolute_paths
+from gigamil.config.schema import RunConfig
+from gigamil.data.features import features_folder
+from gigamil.data.split_import import count_folds
+from gigamil.errors import BagError, CheckpointError, CohortError, ConfigError, TrainingError
+from gigamil.evaluate.heatmap import FOLDER as HEATMAPS
+from gigamil.evaluate.pooled import STUDY_FILE, Member, read_study, write_study
+from gigamil.evaluate.study_report import StudyEvaluation, evaluate_study, gallery, write_study_report
+from gigamil.pipeline import draw_heatmaps, run_pipeline
+from gigamil.registry import import_plugins
+from gigamil.train.tracking import one_store
+
+_log = logging.getLogger(__name__)
+
+
+def run_study(
+    config: RunConfig,
+    *,
+    folds: Sequence[int] | None = None,
+    seeds: int = 1,
+    plugins: Sequence[str] = (),
+    report_only: bool = False,
+) -> dict[str, Any]:
+    """Train and evaluate each fold with each seed, and write the report of the study.
+
+    The study is in `<out>/study`, its runs in `fold<k>_seed<s>` there, as launch/slurm/folds.sbatch has them; they share
+    `<out>/shards` and `<out>/features`, also with a single run. In MLflow they are children of one run, in a store of the study
+    unless MLFLOW_TRACKING_URI names another. A run that fails for its data or in training is named in the report, and the others
+    go on.
+
+    Args:
+        config: of a single run; a holdout becomes `cohort.folds` folds. Seeds count from `science.seed`.
+        folds: which; None: all of them.
+        seeds: runs of each fold.
+        plugins: modules that register encoders, aggregators or losses.
+        report_only: train nothing; write the report of what is finished.
+    Returns:
+        The pooled headline metric, its interval, how many runs are finished and failed, and where the report is.
+    Raises:
+        ConfigError: no such fold, or no such number of seeds; or the configuration fits no run.
+        CohortError: there are fewer patients than folds.
+        TrainingError: no run could be finished.
+        Interrupted: a signal; the same command goes on.
+    Cost: folds x seeds runs, one after the other.
+    """
+    import_plugins(plugins)
+    config = _with_folds(absolute_paths(config))
+    numbers = _chosen_folds(config, folds)
+    if seeds < 1:
+        raise ConfigError(f"--seeds {seeds}: it must be 1 or more")
+    out = study_folder(config)
+    out.mkdir(parents=True, exist_ok=True)
+    members = _members(out, numbers, seeds)
+    write_study(out, members)
+    with one_store(out, config.bookkeeping.name):
+        for number, member in enumerate(members):
+            if report_only:
+                continue
+            if config.bookkeeping.progress:
+                print(f"\n==== run {number + 1} of {len(members)}: fold {member.fold}, seed {member.seed}", flush=True)
+            members[number] = _run_member(config, member, plugins)
+            write_study(out, members)
+        return _report(config, out)
+
+
+def study_folder(config: RunConfig) -> Path:
+    """Where the study of a configuration is."""
+    return config.bookkeeping.out / "study"
+
+
+def member_config(config: RunConfig, member: Member) -> RunConfig:
+    """The configuration of one run of a study."""
+    book, science = config.bookkeeping, config.science
+    changes = {"out": study_folder(config) / member.folder, "shards": book.shard_root, "name": member.folder}
+    data = config.data
+    if data.source == "features":
+        data = data.model_copy(update={"features": data.features or features_folder(config)})
+    return config.model_copy(
+        update={
+            "cohort": config.cohort.model_copy(update={"fold": member.fold}),
+            "science": science.model_copy(update={"seed": science.seed + member.seed}),
+            "data": data,
+            "bookkeeping": book.model_copy(update=changes),
+        }
+    )
+
+
+def _with_folds(config: RunConfig) -> RunConfig:
+    if config.cohort.split_method != "holdout" or config.cohort.splits is not None:
+        return config
+    cohort = config.cohort.model_copy(update={"split_method": "kfold"})
+    return config.model_copy(update={"cohort": cohort})
+
+
+def _chosen_folds(config: RunConfig, folds: Sequence[int] | None) -> list[int]:
+    cohort = config.cohort
+    known = cohort.folds if cohort.splits is None else count_folds(cohort.splits)
+    if folds is None:
+        return list(range(known))
+    wrong = [fold for fold in folds if not 0 <= fold < known]
+    if wrong or not folds:
+        raise ConfigError(f"--folds {','.join(map(str, folds))}: there are {known} folds, 0 to {known - 1}, or all")
+    return list(dict.fromkeys(folds))
+
+
+def _members(out: Path, folds: Sequence[int], seeds: int) -> list[Member]:
+    """Those that are asked for, and those that are there already."""
+    wanted = [Member(fold, seed, f"fold{fold}_seed{seed}") for seed in range(seeds) for fold in folds]
+    known = read_study(out) if (out / STUDY_FILE).is_file() else []
+    before = {member.folder: member for member in known}
+    return [before.pop(member.folder, member) for member in wanted] + list(before.values())
+
+
+def _run_member(config: RunConfig, member: Member, plugins: Sequence[str]) -> Member:
+    try:
+        run_pipeline(member_config(config, member), plugins=plugins)
+    except (BagError, CheckpointError, CohortError, TrainingError) as error:
+        _log.error("fold %d, seed %d failed, the others go on: %s", member.fold, member.seed, error)
+        return replace(member, error=str(error))
+    return replace(member, error=None)
+
+
+def _report(config: RunConfig, out: Path) -> dict[str, Any]:
+    members = read_study(out)
+    if not any(member.is_finished for member in members):
+        reasons = dict.fromkeys(member.error for member in members if member.error)
+        words = "\n".join(f"  {reason}" for reason in reasons) or "  none was started"
+        raise TrainingError(f"no run of the study '{out}' is finished:\n{words}")
+    evaluation = evaluate_study(out, num_bootstrap=config.science.bootstrap, seed=config.science.seed)
+    for shown in gallery(out):
+        if not (out / shown.member.folder / HEATMAPS / f"{shown.slide_id}.png").is_file():
+            draw_heatmaps(member_config(config, shown.member), [shown.slide_id])
+    report = write_study_report(out)
+    return _result(evaluation, members, report)
+
+
+def _result(evaluation: StudyEvaluation, members: Sequence[Member], report: Path) -> dict[str, Any]:
+    name = evaluation["metric"]
+    found = evaluation["pooled"]["metrics"][name]
+    return {
+        name: found["value"],
+        f"{name}_ci": found["ci"],
+        "slides": evaluation["pooled"]["num_slides"],
+        "runs": sum(member.is_finished for member in members),
+        "failed": [member.folder for member in members if member.error and not member.is_finished],
+        "report": str(report),
+    }
