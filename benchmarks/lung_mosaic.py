@@ -36,7 +36,7 @@ from scipy import ndimage
 
 from gigamil.config import schema
 from gigamil.evaluate.attention import attention_path, lesion_hit, read_attention
-from gigamil.metrics import auc
+from gigamil.metrics.classification import auc
 from gigamil.pipeline import run_pipeline
 from gigamil.shards.read import ShardSet
 from gigamil.testing.tiff import write_pyramid_tiff

@@ -77,6 +77,7 @@ def draw_curves(histories: Mapping[str, Sequence[History]], out_png: Path) -> No
                         **style,
                     )
             axes.set_xlabel(words)
+            axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
             axes.grid(True)
         metrics = sorted({history.selected_by for own in histories.values() for history in own})
         panels[0].set_ylabel("Validation " + ", ".join(METRIC_WORDS.get(metric, metric) for metric in metrics))

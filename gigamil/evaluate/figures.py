@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 Floats = NDArray[np.float64]
 
+SHARES = ("auc", "auprc", "balanced_accuracy", "f1", "f1_at_threshold", "ece", "c_index")  # 0 to 1
 METRIC_WORDS = {"auc": "AUC", "kappa": "quadratic kappa", "c_index": "C-index"}
 SMOOTHING_SHARE = 0.05  # of the steps, in the running mean of the training loss
 MOST_CLASSES_WITH_PERCENT = 8  # a larger confusion matrix shows counts only, and its class names are turned

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from gigamil.evaluate.figures import SHARES
 from gigamil.evaluate.heatmap import FOLDER as HEATMAPS
 from gigamil.evaluate.html import Html, image, join, page, table, tag
 from gigamil.evaluate.predictions import HEADLINE_ORDER, Predictions
@@ -41,7 +42,6 @@ METRIC_WORDS = {
     "integrated_brier": "Integrated Brier score",
 }
 _OF_CLASSES = ("auc", "auprc", "f1", "f1_at_threshold")
-_SHARES = ("auc", "auprc", "balanced_accuracy", "f1", "f1_at_threshold", "ece", "c_index")  # 0 to 1: drawn as a bar
 SPLIT_WORDS = {"test": "Held-out (test)", "val": "Validation", "train": "Training"}
 
 
@@ -125,7 +125,7 @@ def _metrics_section(evaluation: Evaluation) -> Html:
     for split in _in_order(evaluation["splits"], evaluation["headline_split"]):
         for key, estimate in evaluation["splits"][split]["metrics"].items():
             name = metric_words(key) + (of if key in _OF_CLASSES else "")
-            rows.append(("", [_split_words(split), name, *_estimate_cells(estimate, is_share=key in _SHARES)]))
+            rows.append(("", [_split_words(split), name, *_estimate_cells(estimate, is_share=key in SHARES)]))
     method = (
         f"Intervals: 2.5th to 97.5th percentile of {evaluation['num_bootstrap']} bootstrap resamples of patients (seed "
         f"{evaluation['seed']}); all slides of a patient are drawn together."

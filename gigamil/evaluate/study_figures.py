@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gigamil.evaluate.figures import METRIC_WORDS, roc_points
+from gigamil.evaluate.figures import METRIC_WORDS, SHARES, roc_points
 from gigamil.evaluate.style import MUTED, PALETTE, class_style, drawing
 from gigamil.metrics.bootstrap import Floats, Scores, resampled_rows
 
@@ -44,6 +44,8 @@ def draw_folds(runs: Sequence[Mapping[str, Any]], metric: str, pooled: Scores, o
                 label = None
         axes.set_xticks(range(len(folds)), [str(fold) for fold in folds])
         axes.set(xlabel="Fold", ylabel=METRIC_WORDS.get(metric, metric), xlim=(-0.6, len(folds) - 0.4))
+        if metric in SHARES:
+            axes.set_ylim(min(0.48, axes.get_ylim()[0]), 1.02)
         axes.grid(True, axis="y")
         axes.legend(fontsize=9)
 

@@ -366,23 +366,28 @@ class TestFolds:
         write_resolved(desk)
         result = desk.run("slurm/folds.sbatch", "my.yaml", "--science.epochs", "2", **self.element(7))
         assert result.returncode == 0, result.stderr
-        split, train, evaluate = desk.calls()
+        split, train, evaluate, report = desk.calls()
         assert split.startswith("srun --nodes=1 --ntasks=1 python -m gigamil split my.yaml --science.epochs 2 ")
         assert train.startswith(
             "srun --gpu-bind=none --kill-on-bad-exit=0 --wait=60 python -m gigamil.train.worker my.yaml "
         )
         assert evaluate.startswith("srun --nodes=1 --ntasks=1 python -m gigamil evaluate my.yaml ")
         for call in (split, train, evaluate):
-            assert r"--cohort.fold 2 --science.seed 41 --bookkeeping.out /runs/study\ one/fold2_seed1 " in call
+            assert r"--cohort.fold 2 --science.seed 41 --bookkeeping.out /runs/study\ one/study/fold2_seed1 " in call
             assert r"--bookkeeping.shards /runs/study\ one/shards --bookkeeping.name fold2_seed1" in call
             assert call.endswith("--cohort.folds 5 --cohort.split_method kfold")
+        assert report == (
+            "srun --nodes=1 --ntasks=1 python -m gigamil run my.yaml --science.epochs 2 --cohort.folds 5 --cohort.split_method kfold "
+            "--folds all --seeds 3 --report-only"
+        )
         assert "GIGAMIL_MLFLOW_PARENT=my\n" in (desk.folder / "environment").read_text()
 
     def test_all_folds_and_seeds_have_folders_of_their_own(self, desk: Desk) -> None:
         write_resolved(desk)
         for number in range(4):
             desk.run("slurm/folds.sbatch", "my.yaml", **self.element(number), FOLDS="2", SEEDS="2")
-        names = {call.split("--bookkeeping.name ")[1].split()[0] for call in desk.calls()}
+        calls = [call for call in desk.calls() if "--report-only" not in call]
+        names = {call.split("--bookkeeping.name ")[1].split()[0] for call in calls}
         assert names == {"fold0_seed0", "fold1_seed0", "fold0_seed1", "fold1_seed1"}
 
     @pytest.mark.parametrize(
@@ -395,7 +400,7 @@ class TestFolds:
     def test_folds_of_the_yaml_stay(self, desk: Desk, changes: dict[str, object], words: str) -> None:
         write_resolved(desk, **changes)
         desk.run("slurm/folds.sbatch", "my.yaml", **self.element(0))
-        assert [call.endswith(words) for call in desk.calls()] == [True] * 3
+        assert [call.endswith(words) for call in desk.calls()[:3]] == [True] * 3
 
     @pytest.mark.parametrize(
         ("variables", "words"),
