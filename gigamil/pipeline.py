@@ -133,7 +133,8 @@ def evaluate_model(config: RunConfig) -> Evaluation:
     _refuse_other_checkpoint(config, data)
     slide_ids = [*data.splits.val, *data.splits.test] or list(data.splits.train)
     _predict_into(out, config, data.shards, slide_ids, data)
-    evaluation = evaluate_run(out, num_bootstrap=config.science.bootstrap, seed=config.science.seed)
+    science = config.science
+    evaluation = evaluate_run(out, num_bootstrap=science.bootstrap, seed=science.seed, unit=science.bag)
     _send_results(config)
     return evaluation
 
@@ -293,7 +294,8 @@ def _predict_into(
     device = choose_device(config.execution.device, Topology())
     found: list[SlidePrediction] = []
     model = load_model(config, task.num_outputs, dim=feature_dim(shards, slide_ids))
-    for prediction in predict_slides(config, model, task, shards, slide_ids, device, paths):
+    bags = data.bags(slide_ids) if data else None
+    for prediction in predict_slides(config, model, task, shards, slide_ids, device, paths, bags):
         path = attention_path(folder, prediction.slide_id)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_attention(path, prediction.attention)
@@ -302,7 +304,8 @@ def _predict_into(
     split_of = data.splits.split_of() if data else {}
     splits = tuple(split_of.get(slide_id, "new") for slide_id in slide_ids)
     patients = tuple(data.table.row(slide_id).patient_id if data else slide_id for slide_id in slide_ids)
-    value_NP = np.array([prediction.value_P for prediction in found], dtype=np.float64)
+    value_of = {prediction.slide_id: prediction.value_P for prediction in found}
+    value_NP = np.array([value_of[slide_id] for slide_id in slide_ids], dtype=np.float64)
     if isinstance(task, Multiclass | Ordinal):
         labels = tuple(data.table.row(slide_id).label if data else None for slide_id in slide_ids)
         predictions = Predictions(tuple(slide_ids), patients, labels, splits, task.classes, value_NP)

@@ -25,10 +25,12 @@ from typing import Any
 
 import numpy as np
 import simplejpeg
+import torch
 from PIL import Image
 
 from gigamil.config.load import absolute_paths
-from gigamil.config.schema import RunConfig
+from gigamil.config.schema import Augment, RunConfig
+from gigamil.data.augment import augment_block, to_float
 from gigamil.evaluate.comparison import compare_runs, comparison_text
 from gigamil.evaluate.features import cache_features
 from gigamil.evaluate.pooled import Member, is_evaluated, write_study
@@ -39,11 +41,26 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lung_mosaic import ADENO, NORMAL, SQUAMOUS, Tile, read_tiles
 
 TILE_PX, TILE_MPP = 64, 1.75
+import os
+
+NUM_NORMAL, NUM_TUMOUR = eval(os.environ.get("NT", "(36, 4)"))  # tiles of a slide
+SLIDES_PER_PATIENT = int(os.environ.get("SPP", "2"))
+STAINING = Augment(
+    brightness=0.1, contrast=0.1, saturation=0.3, stain=float(os.environ.get("ST", "0.4"))
+)  # of each slide
 CLASSES = ("adenocarcinoma", "squamous")
 SPLITS = {"train": 0.5, "val": 0.2}  # of the slides of a class; the rest is test
 REGIMES: dict[str, dict[str, Any]] = {
-    "frozen": {"regime": "frozen"},
-    "coupled": {"regime": {"name": "coupled", "rounds": 1, "tiles": 32, "tile_epochs": 3}},
+    "frozen": {"regime": "frozen", "epochs": 60},
+    "coupled": {
+        "regime": {
+            "name": "coupled",
+            "rounds": int(os.environ.get("RO", "2")),
+            "tiles": 32,
+            "tile_epochs": int(os.environ.get("TE", "4")),
+        },
+        "epochs": 60,
+    },
     "sampled": {"regime": {"name": "sampled", "tiles": 12}},
     "end_to_end": {},
     "streamed": {"encoder": {"name": "resnet18", "dense": "layer2", "pool": 8}},
@@ -60,21 +77,20 @@ def write_cohort(folder: Path, tiles: Sequence[Tile], num_slides: int, seed: int
         fields[tile.label][tile.field].append(tile)
     rng = np.random.default_rng(seed)
     half = num_slides // 2
-    dealt = {label: _dealt(fields[label], half, rng) for label in (ADENO, SQUAMOUS)}
-    normal = _dealt(fields[NORMAL], 2 * half, rng)
+    patients = half // SLIDES_PER_PATIENT  # of a class
+    dealt = {label: _dealt(fields[label], patients, rng) for label in (ADENO, SQUAMOUS)}
+    normal = _dealt(fields[NORMAL], 2 * patients, rng)
     rows = []
-    for number in range(2 * half):
-        name = CLASSES[number % 2]
-        tumour = dealt[ADENO if name == CLASSES[0] else SQUAMOUS][number // 2]
+    for number in range(2 * patients * SLIDES_PER_PATIENT):
+        patient = number // SLIDES_PER_PATIENT
+        name = CLASSES[patient % 2]
+        tumour = dealt[ADENO if name == CLASSES[0] else SQUAMOUS][patient // 2]
         slide_id = f"lung-{number:03d}"
-        chosen = [normal[number][i] for i in rng.permutation(len(normal[number]))]
-        # The nest lies in the middle of the normal tissue.
-        middle = len(chosen) // 2
-        jpegs = [_small(tile.jpeg) for tile in [*chosen[:middle], *tumour, *chosen[middle:]]]
+        jpegs = slide_tiles(normal[patient], tumour, number, rng)
         make_shards(folder / "shards", slide_id, jpegs, tile_px=TILE_PX, tile_mpp=TILE_MPP)
-        share = (number // 2) / half
+        share = (patient // 2) / patients
         side = "train" if share < SPLITS["train"] else "val" if share < sum(SPLITS.values()) else "test"
-        rows.append([slide_id, f"{slide_id}.tiff", f"patient-{number:03d}", name, side])
+        rows.append([slide_id, f"{slide_id}.tiff", f"patient-{patient:03d}", name, side])
     with table.open("w", newline="") as stream:
         csv.writer(stream).writerows([["slide_id", "path", "patient_id", "label", "split"], *rows])
     return table
@@ -91,11 +107,24 @@ def _dealt(fields: dict[str, list[Tile]], count: int, rng: np.random.Generator) 
     return hands
 
 
-def _small(jpeg: bytes) -> bytes:
-    with Image.open(io.BytesIO(jpeg)) as image:
-        pixels = np.asarray(image.convert("RGB").resize((TILE_PX, TILE_PX), Image.Resampling.BOX))
-    data: bytes = simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), quality=92)
-    return data
+def slide_tiles(normal: Sequence[Tile], tumour: Sequence[Tile], number: int, rng: np.random.Generator) -> list[bytes]:
+    """JPEGs of a slide in the order of its tiles: a nest of tumour in the middle of normal tissue, all stained alike."""
+    around = [_pixels(normal[i]) for i in rng.choice(len(normal), NUM_NORMAL)]
+    nest = [_pixels(tumour[i]) for i in rng.choice(len(tumour), NUM_TUMOUR, replace=len(tumour) < NUM_TUMOUR)]
+    image_nHW3 = np.stack([*around[: NUM_NORMAL // 2], *nest, *around[NUM_NORMAL // 2 :]])
+    turned = [np.rot90(image if rng.random() < 0.5 else image[::-1], rng.integers(4)) for image in image_nHW3]
+    key_1 = torch.tensor([number])
+    stained = [augment_block(to_float(torch.from_numpy(image.copy())[None]), key_1, STAINING) for image in turned]
+    return [simplejpeg.encode_jpeg(_bytes(image_1CHW), quality=92) for image_1CHW in stained]
+
+
+def _pixels(tile: Tile) -> np.ndarray:
+    with Image.open(io.BytesIO(tile.jpeg)) as image:
+        return np.asarray(image.convert("RGB").resize((TILE_PX, TILE_PX), Image.Resampling.BOX))
+
+
+def _bytes(image_1CHW: torch.Tensor) -> np.ndarray:
+    return np.ascontiguousarray((image_1CHW[0].permute(1, 2, 0) * 255).round().byte().numpy())
 
 
 def run_config(table: Path, out: Path, regime: str, seed: int, epochs: int) -> RunConfig:
@@ -106,7 +135,11 @@ def run_config(table: Path, out: Path, regime: str, seed: int, epochs: int) -> R
         "aggregator": {"options": {"hidden": 64}},
         "epochs": epochs,
         "slides_per_step": 4,
-        "optim": {"lr_encoder": 1e-3, "lr_head": 1e-3, "warmup_steps": 5},
+        "optim": {
+            "lr_encoder": float(os.environ.get("LR", "1e-3")),
+            "lr_head": float(os.environ.get("LR", "1e-3")),
+            "warmup_steps": 5,
+        },
     } | REGIMES[regime]
     return absolute_paths(
         RunConfig.model_validate(

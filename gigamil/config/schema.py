@@ -250,6 +250,9 @@ class Science(Section):
     sampling: Literal["uniform", "balanced"] = Field(
         "uniform", description="slides of an epoch: each once, or equally many of each class, some several times"
     )
+    bag: Literal["slide", "patient"] = Field(
+        "slide", description="what one prediction is about: a slide, or all slides of a patient together"
+    )
     epochs: Count = 20
     slides_per_step: Count = Field(4, description="slides whose mean loss makes one optimiser step, over all ranks")
     precision: Literal["float32", "bfloat16"] = Field("float32", description="bfloat16: autocast, softmax in float32")
@@ -260,6 +263,15 @@ class Science(Section):
     early_stop_epochs: Count | None = Field(None, description="stop after so many epochs without a better validation")
     warm_start: Path | None = Field(None, description="run folder whose best weights are the start")
     bootstrap: Annotated[int, Field(ge=100)] = Field(1000, description="resamples of patients for intervals")
+
+    @model_validator(mode="after")
+    def _patients_lie_on_no_grid(self) -> "Science":
+        if self.bag == "patient" and (self.encoder.dense is not None or self.regime.name in ("coupled", "taught")):
+            what = "science.encoder.dense" if self.encoder.dense is not None else f"science.regime={self.regime.name}"
+            raise ValueError(
+                f"science.bag=patient with {what}, which takes slides one by one: set science.bag to slide"
+            )
+        return self
 
 
 class Execution(Section):

@@ -13,8 +13,9 @@ import numpy as np
 
 from gigamil.data.table import folded
 from gigamil.errors import CohortError
+from gigamil.evaluate.patients import by_patient
 from gigamil.evaluate.predictions import Predictions
-from gigamil.evaluate.summary import EVALUATION_FILE, targets_and_values
+from gigamil.evaluate.summary import EVALUATION_FILE, read_evaluation, targets_and_values
 from gigamil.evaluate.values import read_run
 from gigamil.files import parse_object, replace_file
 from gigamil.metrics.bootstrap import Floats, Ints, Measure, Value
@@ -156,6 +157,8 @@ def _read_one(run: Path, name: str, fold: int) -> Pooled:
     known = predictions.labelled(predictions.headline_split)
     if not len(known):
         raise CohortError(f"'{run}': no slide of its {predictions.headline_split} split has a label")
+    if (run / EVALUATION_FILE).is_file() and read_evaluation(run)["unit"] == "patient":
+        known = by_patient(known) or known
     target_NX, value_NP = targets_and_values(known)
     found = load_task(run) or Multiclass(predictions.classes if isinstance(predictions, Predictions) else ())
     task, target_NX, value_NP = _first(found, target_NX, value_NP)

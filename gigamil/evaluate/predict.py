@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from gigamil.config.schema import RunConfig
 from gigamil.data.features import SlideFeatures
+from gigamil.data.patients import Bags
 from gigamil.data.pipeline import DrawKeys, StepLoader
 from gigamil.errors import CheckpointError
 from gigamil.evaluate.attention import Attention, Size
@@ -98,6 +99,7 @@ def predict_slides(
     slide_ids: Sequence[str],
     device: torch.device,
     paths: Mapping[str, Path] | None = None,
+    bags: Bags | None = None,
 ) -> Iterator[SlidePrediction]:
     """Predict slides one by one, in the given order, each on all its tiles.
 
@@ -108,8 +110,10 @@ def predict_slides(
         shards: where the slides' tiles, or features, are.
         device: where to compute.
         paths: slide files by id, for `data.source: slides`; None takes those of the slide table.
+        bags: of these slides, each predicted as a whole; None: each slide is a bag.
     Yields:
-        A prediction per slide; attention is the mean over heads, or of the predicted class, and sums to 1.
+        A prediction per slide, that of its bag, bag by bag; attention is the mean over heads, or of the predicted class, and sums
+        to 1 over a slide.
     Raises:
         ShardError: a slide is missing, damaged, or tiled otherwise than the model was trained on.
         BagError: a slide has fewer tiles than the aggregator takes.
@@ -118,8 +122,11 @@ def predict_slides(
     check_tiles(config, shards, slide_ids)
     if isinstance(model.encoder, DenseEncoder):
         check_grids(shards, slide_ids)
-    sizes = [shards.manifest(slide_id).num_tiles for slide_id in slide_ids]
-    refuse_small_bags(model, slide_ids, sizes)
+    bags = {slide_id: (slide_id,) for slide_id in slide_ids} if bags is None else bags
+    names = list(bags)
+    size_of = {slide_id: shards.manifest(slide_id).num_tiles for slide_id in slide_ids}
+    sizes = [sum(size_of[slide_id] for slide_id in own) for own in bags.values()]
+    refuse_small_bags(model, names, sizes)
     topology = Topology()
     has_encoder = isinstance(model.encoder, TileEncoder)
     if has_encoder:
@@ -131,15 +138,15 @@ def predict_slides(
         task.losses,
         chunk=tiles_per_call(config, model, shards, slide_ids, device) if has_encoder else FEATURE_ROWS,
         num_keep=0,
-        keys=DrawKeys(0, slide_ids),  # never drawn from: prediction has no dropout and no augmentation
+        keys=DrawKeys(0, names),  # never drawn from: prediction has no dropout and no augmentation
         cache_bytes=share(device=device),
     )
-    plans = plan_steps(range(len(slide_ids)), sizes, 1, topology.num_groups, topology.group_size)
+    plans = plan_steps(range(len(names)), sizes, 1, topology.num_groups, topology.group_size)
     held_bytes = share(device=torch.device("cpu"))
-    source, execution = open_source(config, shards, slide_ids, device, paths), config.execution
+    source, execution = open_source(config, shards, slide_ids, device, paths, bags), config.execution
     loader = StepLoader(
         source,
-        slide_ids,
+        names,
         config.slides.tile_px,
         topology,
         execution.prefetch,
@@ -154,17 +161,28 @@ def predict_slides(
             raise tiles
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bfloat16):
             logits_SK, attention_nA = step.evaluate(plan, tiles)
-        slide_id = slide_ids[plan.slides[0]]
-        weight_N = attention_nA.mean(dim=1).double().cpu().numpy()
-        attention = Attention(
-            slide_id,
-            tiles.number_n.numpy(),
-            tiles.position_n2[:, 0].numpy(),
-            tiles.position_n2[:, 1].numpy(),
-            (weight_N / weight_N.sum()).astype(np.float32),
-            *_tile_sizes(shards.manifest(slide_id)),
-        )
-        yield SlidePrediction(slide_id, task.predict(logits_SK)[0].cpu().numpy(), attention)
+        value_P = task.predict(logits_SK)[0].cpu().numpy()
+        weight_n = attention_nA.mean(dim=1).double().cpu().numpy()
+        first = 0
+        for slide_id in bags[names[plan.slides[0]]]:
+            places, last = shards.index(slide_id), first + size_of[slide_id]
+            attention = Attention(
+                slide_id,
+                np.arange(last - first),
+                np.asarray(places.x_um, dtype=np.float64),
+                np.asarray(places.y_um, dtype=np.float64),
+                _shares(weight_n[first:last]),
+                *_tile_sizes(shards.manifest(slide_id)),
+            )
+            yield SlidePrediction(slide_id, value_P, attention)
+            first = last
+
+
+def _shares(weight_N: np.ndarray) -> np.ndarray:
+    """Attention over the tiles of a slide; even where a bag has none to spare for it."""
+    total = weight_N.sum()
+    shares_N = weight_N / total if total > 0 else np.full(len(weight_N), 1 / max(1, len(weight_N)))
+    return np.asarray(shares_N, dtype=np.float32)
 
 
 def _tile_sizes(manifest: SlideManifest | SlideFeatures) -> tuple[Size, Size]:

@@ -45,19 +45,20 @@ _OF_CLASSES = ("auc", "auprc", "f1", "f1_at_threshold")
 SPLIT_WORDS = {"test": "Held-out (test)", "val": "Validation", "train": "Training"}
 
 
-def evaluate_run(run: Path, *, num_bootstrap: int, seed: int) -> Evaluation:
+def evaluate_run(run: Path, *, num_bootstrap: int, seed: int, unit: str = "slide") -> Evaluation:
     """Score the predictions of a run and write evaluation.json, figures/ and report.html.
 
     Args:
         run: folder with predictions.csv; metrics.jsonl, run.json, config.resolved.yaml and heatmaps/ are used if there.
         num_bootstrap: resamples of patients for the intervals.
         seed: of the resampling.
+        unit: what is scored, slide or patient.
     Returns:
         The content of evaluation.json: metrics per split, and which of them is the headline.
     Raises:
         CohortError: predictions.csv is missing or wrong, or no slide has a label.
     """
-    evaluation = summarise(run, num_bootstrap=num_bootstrap, seed=seed)
+    evaluation = summarise(run, num_bootstrap=num_bootstrap, seed=seed, unit=unit)
     write_report(run)
     return evaluation
 
@@ -98,7 +99,8 @@ def _lead(evaluation: Evaluation) -> Html:
     slides, patients = _counted(found["num_slides"], "slide"), _counted(found["num_patients"], "patient")
     name = evaluation["headline_metric"]
     value = tag("strong", f"{metric_words(name)} {_value_words(found['metrics'][name])}")
-    lead = tag("p", value, f" on {slides} of {patients}{per_class}. Split: {_split_words(split)}.", class_="lead")
+    what = patients if evaluation["unit"] == "patient" else f"{slides} of {patients}"
+    lead = tag("p", value, f" on {what}{per_class}. Split: {_split_words(split)}.", class_="lead")
     if split == "test":
         return lead
     warning = "No test split was predicted: these slides were seen in training or in choosing the model, so the figures flatter."
@@ -123,13 +125,17 @@ def _metrics_section(evaluation: Evaluation) -> Html:
     of = "" if not classes else f" ({classes[-1]})" if len(classes) == 2 else " (mean over classes)"
     rows = []
     for split in _in_order(evaluation["splits"], evaluation["headline_split"]):
-        for key, estimate in evaluation["splits"][split]["metrics"].items():
-            name = metric_words(key) + (of if key in _OF_CLASSES else "")
-            rows.append(("", [_split_words(split), name, *_estimate_cells(estimate, is_share=key in SHARES)]))
+        rows += _metric_rows(_split_words(split), evaluation["splits"][split], of)
+        if split in evaluation["patients"]:
+            rows += _metric_rows(f"{_split_words(split)}, by patient", evaluation["patients"][split], of)
     method = (
         f"Intervals: 2.5th to 97.5th percentile of {evaluation['num_bootstrap']} bootstrap resamples of patients (seed "
         f"{evaluation['seed']}); all slides of a patient are drawn together."
     )
+    if evaluation["patients"]:
+        method += " By patient: the mean of what is predicted of the slides of each."
+    if evaluation["unit"] == "patient":
+        method += " All slides of a patient are one bag, and count once."
     if classes:
         method += " A slide counts as its most probable class."
     notes = [method]
@@ -142,6 +148,14 @@ def _metrics_section(evaluation: Evaluation) -> Html:
         table(["Split", "Metric", "Value", "95 % interval", "0 to 1"], rows),
         *(tag("p", words, class_="note") for words in [*notes, *_metric_notes(evaluation)]),
     )
+
+
+def _metric_rows(split: str, found: Scores, of: str) -> list[tuple[str, list[str]]]:
+    rows = []
+    for key, estimate in found["metrics"].items():
+        name = metric_words(key) + (of if key in _OF_CLASSES else "")
+        rows.append(("", [split, name, *_estimate_cells(estimate, is_share=key in SHARES)]))
+    return rows
 
 
 def _estimate_cells(estimate: Estimate, *, is_share: bool) -> list[str]:

@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import TypedDict, cast
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from gigamil.errors import CohortError
 from gigamil.evaluate.figures import draw_confusion, draw_losses, draw_roc
 from gigamil.evaluate.history import FILE_NAME as HISTORY_FILE
 from gigamil.evaluate.history import read_history
+from gigamil.evaluate.patients import by_patient
 from gigamil.evaluate.predictions import FILE_NAME, Predictions
 from gigamil.evaluate.task_figures import (
     draw_label_rocs,
@@ -41,30 +42,36 @@ ROC, CONFUSION, LOSSES = "roc.png", "confusion.png", "losses.png"
 class Evaluation(TypedDict):
     """What evaluation.json holds. `splits[headline_split]["metrics"][headline_metric]` is the result of the run.
 
-    `threshold` is the probability from which on a slide is called positive, chosen on validation (binary tasks); `p_log_rank`
+    `unit` is what is scored: slides, or patients where all slides of one are a bag (`science.bag`). `patients` has the scores of the
+    mean over slides, of splits in which a patient has several. `threshold` is the probability from which on a slide is called positive, chosen on validation (binary tasks); `p_log_rank`
     compares slides of higher and lower risk, by the median of the headline split (survival); `figures` are files and captions.
     """
 
     headline_split: str
     headline_metric: str
     task: str
+    unit: str
     classes: list[str]
     num_bootstrap: int
     seed: int
     threshold: float | None
     p_log_rank: float | None
     splits: dict[str, Scores]
+    patients: dict[str, Scores]
     slides_per_class: dict[str, dict[str, int]]
     num_unlabelled: dict[str, int]
     figures: dict[str, str]
 
 
-def summarise(run: Path, *, num_bootstrap: int, seed: int) -> Evaluation:
+def summarise(run: Path, *, num_bootstrap: int, seed: int, unit: str = "slide") -> Evaluation:
     """Compute the metrics of each split, write evaluation.json, and draw figures/.
 
     Slides of which nothing is known cannot be scored; `num_unlabelled` counts them. The figures are of the headline split. The
     losses are drawn where the run has metrics.jsonl (predictions of a foreign cohort come without).
 
+    Args:
+        run, num_bootstrap, seed: as `evaluate_run`.
+        unit: slide or patient; what is predicted of the slides of a patient is the same then, and counts once.
     Raises:
         CohortError: predictions.csv is missing or wrong, or no slide has a target.
     """
@@ -76,7 +83,7 @@ def summarise(run: Path, *, num_bootstrap: int, seed: int) -> Evaluation:
             "use the predictions as they are."
         )
     task = load_task(run) or Multiclass(_classes(predictions))
-    evaluation = _evaluate(predictions, task, predictions.take(known).headline_split, num_bootstrap, seed)
+    evaluation = _evaluate(predictions, task, predictions.take(known).headline_split, num_bootstrap, seed, unit)
     evaluation["figures"] = _draw(run, predictions, task, evaluation)
     text = json.dumps(evaluation, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
     replace_file(run / EVALUATION_FILE, text.encode())
@@ -87,12 +94,18 @@ def read_evaluation(run: Path) -> Evaluation:
     """Read evaluation.json.
 
     Raises:
-        CohortError: the run was not evaluated.
+        CohortError: the run was not evaluated, or by another version.
     """
     path = run / EVALUATION_FILE
     if not path.is_file():
         raise CohortError(f"'{path}' does not exist; run `gigamil evaluate` first")
-    return cast(Evaluation, parse_object(path.read_text(encoding="utf-8"), f"'{path}'", "run `gigamil evaluate` again"))
+    found = parse_object(path.read_text(encoding="utf-8"), f"'{path}'", "run `gigamil evaluate` again")
+    missing = [key for key in Evaluation.__annotations__ if key not in found]
+    if missing:
+        raise CohortError(
+            f"'{path}' lacks {', '.join(missing)}: another version wrote it. Run `gigamil evaluate` again."
+        )
+    return cast(Evaluation, found)
 
 
 def targets_and_values(part: Predictions | Values) -> tuple[Floats, Floats]:
@@ -102,29 +115,38 @@ def targets_and_values(part: Predictions | Values) -> tuple[Floats, Floats]:
     return part.label_numbers[:, None].astype(np.float64), part.probs_NK
 
 
-def _evaluate(predictions: Predictions | Values, task: Task, split: str, num_bootstrap: int, seed: int) -> Evaluation:
+def _evaluate(
+    predictions: Predictions | Values, task: Task, split: str, num_bootstrap: int, seed: int, unit: str
+) -> Evaluation:
     """Splits in the order of their first row; one of which nothing is known has no metrics."""
     parts = {name: predictions.labelled(name) for name in dict.fromkeys(predictions.splits)}
+    means = {name: by_patient(part) for name, part in parts.items() if len(part)}
     scored = {name: part for name, part in parts.items() if len(part)}
+    if unit == "patient":
+        scored = {name: means[name] or part for name, part in scored.items()}
     threshold = _threshold(task, scored)
-    found: dict[str, Any] = {}
-    for name, part in scored.items():
+
+    def scores_of(name: str, part: Predictions | Values) -> Scores:
         own = threshold if name != "val" else None  # where it was chosen it flatters
         patients = [folded(patient_id) for patient_id in part.patient_ids]  # one patient, as splits have it
-        found[name] = scores(
-            measure_of(task, *targets_and_values(part), own), patients, num_bootstrap=num_bootstrap, seed=seed
-        )
+        measure = measure_of(task, *targets_and_values(part), own)
+        return scores(measure, patients, num_bootstrap=num_bootstrap, seed=seed)
+
+    found = {name: scores_of(name, part) for name, part in scored.items()}
+    patients = {name: scores_of(name, own) for name, own in means.items() if own and len(own) < len(scored[name])}
     classes = _classes(predictions)
     return Evaluation(
         headline_split=split,
         headline_metric=headline(task),
         task=type(task).__name__,
+        unit=unit,
         classes=list(classes),
         num_bootstrap=num_bootstrap,
         seed=seed,
         threshold=threshold,
         p_log_rank=_p_log_rank(scored[split]),
         splits=found,
+        patients=patients,
         slides_per_class={
             name: {label: Counter(part.labels)[label] for label in classes}
             for name, part in scored.items()
@@ -170,6 +192,8 @@ def _draw(run: Path, predictions: Predictions | Values, task: Task, evaluation: 
     """Draw what the tasks have to show; captions by file."""
     split = evaluation["headline_split"]
     scored, folder = predictions.labelled(split), run / FIGURES
+    if evaluation["unit"] == "patient":
+        scored = by_patient(scored) or scored
     found: dict[str, str] = {}
     if isinstance(task, Several) and isinstance(scored, Values):
         for part in task.parts():

@@ -12,16 +12,18 @@ from gigamil.config.schema import RunConfig, Science
 from gigamil.data.blocks import slide_grid
 from gigamil.data.cohort import CohortTable, load_cohort
 from gigamil.data.features import FeatureSet, FeatureSource, open_features
+from gigamil.data.patients import Bags, BagSource, patient_bags
 from gigamil.data.slide_source import SlideSource
 from gigamil.data.source import ShardSource, TileSource
 from gigamil.data.split import Splits, load_splits
-from gigamil.data.targets import load_target_table, read_targets
+from gigamil.data.targets import load_target_table, read_targets, stratum_numbers
 from gigamil.data.threads import ReadThreads
 from gigamil.errors import CohortError, ShardError
 from gigamil.shards.cache import ShardCache
 from gigamil.shards.read import ShardSet
 
 TiledSlides = ShardSet | FeatureSet
+_MAX_LISTED = 20
 _REQUESTS = 16  # at once, of indexes on a server
 
 
@@ -30,14 +32,16 @@ class SlideSet:
     """Slides of one split.
 
     Attributes:
-        slide_ids: their ids.
+        slide_ids: their ids; those of patients where a bag is a patient.
         sizes: their numbers of tiles.
         target_SX: what is known of each, float64 (`gigamil.data.targets.read_targets`).
+        strata: by which they are drawn if all kinds are to come equally often.
     """
 
     slide_ids: tuple[str, ...]
     sizes: tuple[int, ...]
     target_SX: Tensor
+    strata: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.slide_ids)
@@ -63,10 +67,18 @@ class TrainingData:
         return {row.slide_id: row.path for row in self.table.rows}
 
     def slides(self, split: str) -> SlideSet:
-        """The slides of a split, in the order of the table."""
-        slide_ids = self.splits.of(split)
-        sizes = tuple(self.shards.manifest(slide_id).num_tiles for slide_id in slide_ids)
-        return SlideSet(slide_ids, sizes, read_targets(self.science, self.table, slide_ids))
+        """The slides of a split, in the order of the table, or its patients (`science.bag`)."""
+        bags = self.bags(self.splits.of(split))
+        sizes = tuple(sum(self.shards.manifest(slide_id).num_tiles for slide_id in own) for own in bags.values())
+        first = [own[0] for own in bags.values()]
+        targets_SX = read_targets(self.science, self.table, first)
+        return SlideSet(tuple(bags), sizes, targets_SX, tuple(stratum_numbers(self.table, first)))
+
+    def bags(self, slide_ids: Sequence[str]) -> dict[str, tuple[str, ...]]:
+        """What these slides are to the model: bags of one, or of all slides of a patient."""
+        if self.science.bag == "patient":
+            return patient_bags(self.table, slide_ids)
+        return {slide_id: (slide_id,) for slide_id in slide_ids}
 
     def digest(self, slide_id: str) -> str:
         """Digest of a slide's tiles, or of its features."""
@@ -90,7 +102,33 @@ def load_training_data(config: RunConfig) -> TrainingData:
     if not splits.train:
         raise CohortError(f"'{path}' has no slide to train on. Run `gigamil split`.")
     check_tiles(config, shards, splits.split_of())
-    return TrainingData(table, splits, shards, config.science)
+    data = TrainingData(table, splits, shards, config.science)
+    if config.science.bag == "patient":
+        _refuse_unlike(data, config.cohort.table)
+    return data
+
+
+def _refuse_unlike(data: TrainingData, path: Path) -> None:
+    """Refuse patients of whose slides different things are known: one bag has one target."""
+    unlike = []
+    for patient_id, slide_ids in data.bags(list(data.splits.split_of())).items():
+        target_SX = read_targets(data.science, data.table, slide_ids)
+        if not _same(target_SX):
+            unlike.append(f"patient '{patient_id}': slides {', '.join(slide_ids[:4])}")
+    if unlike:
+        more = f"\n  and {len(unlike) - _MAX_LISTED} more" if len(unlike) > _MAX_LISTED else ""
+        raise CohortError(
+            f"'{path}': science.bag=patient makes one bag of a patient's slides, and those of {len(unlike)} patients do not agree in "
+            "their label or target:\n  "
+            + "\n  ".join(unlike[:_MAX_LISTED])
+            + more
+            + "\nCorrect them, or set science.bag to slide."
+        )
+
+
+def _same(target_SX: Tensor) -> bool:
+    """Equal in all rows, what is not known included."""
+    return bool(torch.isclose(target_SX, target_SX[:1], rtol=0, atol=0, equal_nan=True).all())
 
 
 def open_tiles(config: RunConfig, table: CohortTable) -> TiledSlides:
@@ -167,6 +205,7 @@ def open_source(
     slide_ids: Sequence[str],
     device: torch.device,
     paths: Mapping[str, Path] | None = None,
+    bags: Bags | None = None,
 ) -> TileSource:
     """What a loader reads the tiles of these slides from, as `data.source` says.
 
@@ -174,9 +213,23 @@ def open_source(
         shards: from `open_tiles`.
         device: where a CUDA decoder works.
         paths: slide files by id, for `data.source: slides`; None takes those of the slide table.
+        bags: of these slides, which are then asked for by the names of these; None: each slide is asked for itself.
     Raises:
         EnvironmentFault: `execution.decoder` is not there.
     """
+    source = _slide_source(config, shards, slide_ids, device, paths)
+    if bags is None or all(own == (bag,) for bag, own in bags.items()):
+        return source
+    return BagSource(source, bags, {slide_id: shards.manifest(slide_id).num_tiles for slide_id in slide_ids})
+
+
+def _slide_source(
+    config: RunConfig,
+    shards: TiledSlides,
+    slide_ids: Sequence[str],
+    device: torch.device,
+    paths: Mapping[str, Path] | None,
+) -> TileSource:
     if isinstance(shards, FeatureSet):
         return FeatureSource(shards, slide_ids)
     if config.data.source == "slides":

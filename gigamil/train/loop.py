@@ -19,7 +19,6 @@ from gigamil.config.schema import RunConfig
 from gigamil.data.augment import augment_block, augment_tiles, draw_turn
 from gigamil.data.blocks import SlideGrid
 from gigamil.data.pipeline import DrawKeys, StepLoader, StepTiles
-from gigamil.data.targets import stratum_numbers
 from gigamil.errors import GigamilError, Interrupted, TrainingError
 from gigamil.keyed import text_key
 from gigamil.memory.budget import chunks_to_keep, memory_budget
@@ -217,7 +216,9 @@ class Trainer:
         prepare_model(model, config, self._train, self._val, self._ranks.topology, self._device, grids)
         self._shares = tuple(parameters_by_rate(model.encoder.backbone, science.optim.layer_decay))
         data = self.data
-        self._source = open_source(self.config, data.shards, list(data.splits.split_of()), self._device, data.paths)
+        slide_ids = list(data.splits.split_of())
+        self._bags = data.bags(slide_ids)
+        self._source = open_source(self.config, data.shards, slide_ids, self._device, data.paths, self._bags)
         # A continued run has its weights from the checkpoint; these are to tell how far it has come from its start.
         if science.warm_start is not None and (state is None or science.warm_start.is_dir()):
             warm_start(model, science.warm_start)
@@ -568,7 +569,7 @@ class Trainer:
         seed = self.config.science.seed
         if self.config.science.sampling == "uniform":
             return epoch_order(len(self._train), seed, epoch)
-        return balanced_order(stratum_numbers(self.data.table, self._train.slide_ids), seed, epoch)
+        return balanced_order(self._train.strata, seed, epoch)
 
     def _chosen(self, plans: Iterator[StepPlan]) -> Iterator[StepPlan]:
         """Plans with the tiles that take part, where these are drawn before the step."""
@@ -581,8 +582,8 @@ class Trainer:
         )
 
     def _stride_um(self, slide_id: str) -> float:
-        """Distance of neighbouring tiles of a slide."""
-        manifest = self.data.shards.manifest(slide_id)
+        """Distance of neighbouring tiles of a slide, or of a patient's first."""
+        manifest = self.data.shards.manifest(self._bags[slide_id][0])
         if isinstance(manifest, SlideManifest):
             return manifest.stride_px * manifest.pixel_mpp_x
         return manifest.stride_um[0]
