@@ -29,7 +29,15 @@ from gigamil.data.features import features_folder, features_path
 from gigamil.data.h5 import Attribute, read_features, read_features_header, trident_attributes, write_features
 from gigamil.data.images import ChunkFeed
 from gigamil.data.pipeline import StepLoader, StepTiles
-from gigamil.errors import ConfigError, GigamilError, Interrupted, ShardError, SlideError
+from gigamil.errors import (
+    CheckpointError,
+    ConfigError,
+    EnvironmentFault,
+    GigamilError,
+    Interrupted,
+    ShardError,
+    SlideError,
+)
 from gigamil.files import replace_file
 from gigamil.lock import folder_lock
 from gigamil.memory.budget import memory_budget
@@ -45,7 +53,7 @@ from gigamil.shards.manifest import SlideManifest
 from gigamil.shards.read import ShardSet
 from gigamil.train.agree import StopSignals
 from gigamil.train.checkpoint import CheckpointStore
-from gigamil.train.cohort import open_source
+from gigamil.train.cohort import TrainingData, open_source, pictured_shards
 from gigamil.train.launch import launch_ranks, report_outcome, restore_devices
 from gigamil.train.prepare import set_batchnorm
 from gigamil.train.worker import choose_device
@@ -53,6 +61,7 @@ from gigamil.train.worker import choose_device
 _log = logging.getLogger("gigamil")
 Kind = Literal["float32", "float16"]
 _ENCODER_PART = "encoder."
+_MAX_LISTED = 20
 
 
 @dataclass(frozen=True)
@@ -140,6 +149,45 @@ def cache_features(
         dim=read_features_header(features_path(folder, shards.slide_ids[0])).dim,
         seconds=time.monotonic() - start,
     )
+
+
+def refuse_stale(config: RunConfig, data: TrainingData) -> None:
+    """Refuse features in `<out>/features` that the configured encoder would not make of the tiles there are now.
+
+    Where the encoder's library or weights are not there any more, nothing can be compared, and the log says so. Features of others
+    are taken as they are.
+
+    Args:
+        data: from `load_training_data`.
+    Raises:
+        ShardError: lists the slides.
+    Cost: loads the encoder, and reads the header of each file.
+    """
+    folder = features_folder(config)
+    try:
+        encoder = encoder_of_features(config)
+    except (ConfigError, EnvironmentFault, CheckpointError) as error:
+        _log.warning("whether the features in '%s' are of the encoder as it is now was not checked: %s", folder, error)
+        return
+    wanted = _encoder_attributes(config, encoder, kind_of_features(folder))["encoder_sha256"]
+    shards, stale = pictured_shards(config, data.shards), []
+    slide_ids = list(data.splits.split_of())
+    for slide_id in slide_ids:
+        attributes = read_features_header(features_path(folder, slide_id)).attrs
+        if "encoder_sha256" not in attributes:
+            continue
+        if attributes["encoder_sha256"] != wanted:
+            stale.append(f"slide '{slide_id}': of another encoder, or of other weights, options or precision")
+        elif shards is not None and slide_id in shards.slide_ids:
+            if attributes.get("tiles_sha256") != shards.manifest(slide_id).index.sha256:
+                stale.append(f"slide '{slide_id}': of other tiles than those of now")
+    if stale:
+        more = f"\n  and {len(stale) - _MAX_LISTED} more" if len(stale) > _MAX_LISTED else ""
+        listed = "\n  ".join(stale[:_MAX_LISTED])
+        raise ShardError(
+            f"{len(stale)} of {len(slide_ids)} slides have stale features in '{folder}':\n  {listed}{more}\nRun `gigamil features` again; it "
+            "encodes these slides only."
+        )
 
 
 def encode_share(

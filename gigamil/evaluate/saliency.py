@@ -33,7 +33,7 @@ def slide_saliency(
     Args:
         model: with a dense encoder, in evaluation mode, on the device where it is to be computed.
         tiles: all tiles of one slide, as blocks.
-        class_number: of the logit.
+        class_number: of the logit; the last one where there are fewer (an ordinal task has one per threshold).
         chunk: tiles of a block.
         square_px: side of a square in pixels; a tile is a whole number of them.
         done: told how many tiles a block has when it is through, twice for each.
@@ -103,7 +103,8 @@ def _cotangent(model: SlideModel, tiles: StepTiles, embedding_nD: Tensor, class_
         label_B=None,
     )
     logits_1K, _ = model.classify(bag)
-    (cotangent_nD,) = torch.autograd.grad(logits_1K[0, class_number], embedding_nD)
+    output = min(class_number, logits_1K.shape[1] - 1)
+    (cotangent_nD,) = torch.autograd.grad(logits_1K[0, output], embedding_nD)
     return cotangent_nD
 
 

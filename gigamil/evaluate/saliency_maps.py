@@ -94,7 +94,7 @@ class Saliencies:
         self._most: float = math.inf  # tiles of a block that the device has had memory for
 
     def __call__(self, slide_id: str, class_number: int) -> Saliency:
-        """Saliency of a slide for the logit of a class.
+        """Saliency of a slide for the logit of a class; for the last threshold of the last class of an ordinal task.
 
         Raises:
             ShardError, SlideError: a tile or a block cannot be read.

@@ -28,6 +28,8 @@ def run_identity(config: RunConfig, data: TrainingData) -> dict[str, Any]:
 def refuse_other_run(identity: Mapping[str, Any], recorded: Mapping[str, Any], out: Path) -> None:
     """Refuse to go on with a checkpoint of another run.
 
+    A key that the version which wrote the checkpoint did not know had its default then.
+
     Args:
         identity: from `run_identity`, of now.
         recorded: facts of the checkpoint.
@@ -36,7 +38,8 @@ def refuse_other_run(identity: Mapping[str, Any], recorded: Mapping[str, Any], o
         ConfigError: names the keys that differ, or says that splits or tiles do.
     """
     wanted = json.loads(json.dumps(identity["science"]))
-    different = sorted(_differences(recorded["science"], wanted))
+    known = _completed(recorded["science"], science_digest_data(RunConfig()))
+    different = sorted(_differences(known, wanted))
     if different:
         raise ConfigError(
             f"'{out}' holds a run with another configuration (different: {', '.join(different)}). Choose another "
@@ -47,6 +50,13 @@ def refuse_other_run(identity: Mapping[str, Any], recorded: Mapping[str, Any], o
             f"'{out}' was trained on another split, or on other tiles or features of its slides. Choose another bookkeeping.out, or "
             "delete that folder to start again."
         )
+
+
+def _completed(recorded: Any, defaults: Any) -> Any:
+    if not isinstance(recorded, dict) or not isinstance(defaults, dict):
+        return recorded
+    filled = {key: _completed(value, defaults.get(key)) for key, value in recorded.items()}
+    return {key: value for key, value in defaults.items() if key not in recorded} | filled
 
 
 def _differences(a: Any, b: Any, prefix: str = "") -> Iterator[str]:

@@ -18,7 +18,7 @@ from gigamil.errors import Interrupted, ShardError
 from gigamil.evaluate import features as module
 from gigamil.evaluate import heatmap
 from gigamil.evaluate.attention import Attention, attention_path, write_attention
-from gigamil.evaluate.features import cache_features, encode_share, kind_of_features
+from gigamil.evaluate.features import cache_features, encode_share, kind_of_features, refuse_stale
 from gigamil.evaluate.predictions import FILE_NAME, Predictions, write_predictions
 from gigamil.lock import folder_lock
 from gigamil.models.encoder import SmallCNN, encoders
@@ -27,6 +27,7 @@ from gigamil.parallel.topology import Topology
 from gigamil.shards.read import ShardSet
 from gigamil.testing.runs import CLASSES, SIZES, TILE_PX, tiny_run
 from gigamil.testing.shards import make_shards, noise_jpegs
+from gigamil.train.cohort import load_training_data
 
 CPU = torch.device("cpu")
 
@@ -236,3 +237,40 @@ def test_layers_that_draw_in_training_do_not_draw_here(config: RunConfig) -> Non
     shutil.rmtree(config.bookkeeping.out / "features")
     cache_features(forgetting)
     assert contents(config) == before
+
+
+def on_features(config: RunConfig, **science: object) -> RunConfig:
+    changes = {"data": config.data.model_copy(update={"source": "features"})}
+    return config.model_copy(update=changes | {"science": config.science.model_copy(update=science)})
+
+
+def test_stale_features_are_refused(config: RunConfig, caplog: pytest.LogCaptureFixture) -> None:
+    run = on_features(config)
+    data = load_training_data(run)
+    refuse_stale(run, data)
+    with pytest.raises(
+        ShardError, match=r"12 of 12 slides have stale features.*\n.*of another encoder, or of other weights"
+    ):
+        refuse_stale(on_features(config, seed=5), data)
+    slide_id = data.slides("train").slide_ids[0]
+    make_shards(
+        config.bookkeeping.shard_root, slide_id, noise_jpegs(7, TILE_PX, seed=99), tile_px=TILE_PX, tile_mpp=1.0
+    )
+    with pytest.raises(ShardError, match=rf"1 of 12 slides.*\n *slide '{slide_id}': of other tiles than those of now"):
+        refuse_stale(run, data)
+    shutil.rmtree(config.bookkeeping.shard_root)
+    refuse_stale(run, data)
+    gone = config.science.encoder.model_copy(update={"weights": Path("gone.safetensors")})
+    assert not caplog.records
+    refuse_stale(on_features(config, encoder=gone), data)
+    assert "was not checked" in caplog.text
+
+
+def test_features_of_others_are_taken_as_they_are(config: RunConfig) -> None:
+    run = on_features(config, seed=5)
+    for path in (config.bookkeeping.out / "features").iterdir():
+        with h5py.File(path, "a") as file:
+            for holder in (file, *file.values()):
+                for name in ("encoder", "encoder_sha256", "tiles_sha256"):
+                    holder.attrs.pop(name, None)
+    refuse_stale(run, load_training_data(run))

@@ -37,6 +37,9 @@ def test_blocks_add_up_to_the_whole_slide(chunk: int, square: int) -> None:
     found = slide_saliency(model, tiles, 1, chunk, square)
     np.testing.assert_allclose(found, energy.sqrt().numpy(), rtol=1e-5, atol=1e-12)
     assert (found > 0).any()
+    # An ordinal task has a class more than it has logits.
+    last, beyond = (slide_saliency(model, tiles, number, chunk, square) for number in (2, 3))
+    np.testing.assert_array_equal(beyond, last)
 
 
 def test_squares_fill_a_tile() -> None:

@@ -1,5 +1,6 @@
 """What a run reads is checked before a rank starts: a slide that cannot be pooled never reaches a step."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -112,6 +113,16 @@ def test_a_run_belongs_to_its_source_and_to_its_features(config: RunConfig) -> N
         refuse_other_run(identity(with_features(config, seed=1)), recorded, out)
     with pytest.raises(ConfigError, match="different: data.source"):
         refuse_other_run(identity(config), recorded, out)
+
+
+def test_a_key_that_an_older_version_did_not_know_had_its_default(config: RunConfig) -> None:
+    identity = run_identity(config, load_training_data(config))
+    recorded = json.loads(json.dumps(identity))
+    del recorded["science"]["science"]["bag"], recorded["science"]["science"]["optim"]["ema"]
+    refuse_other_run(identity, recorded, config.bookkeeping.out)
+    identity["science"]["science"]["optim"]["ema"] = 0.9
+    with pytest.raises(ConfigError, match=r"different: science\.optim\.ema\)"):
+        refuse_other_run(identity, recorded, config.bookkeeping.out)
 
 
 def test_what_only_an_encoder_could_use_is_named(config: RunConfig) -> None:
