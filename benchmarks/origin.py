@@ -22,8 +22,9 @@ def origin(script: str, words: Sequence[str] | None, **more: object) -> dict[str
         more: what else belongs to the machine, above all versions of libraries.
     """
     given = sys.argv[1:] if words is None else words
+    root = Path(__file__).resolve().parents[1]
     return {
-        "command": shlex.join(["python", f"benchmarks/{Path(script).name}", *given]),
+        "command": shlex.join(["python", Path(script).resolve().relative_to(root).as_posix(), *given]),
         "commit": commit(Path(script).resolve().parent),
         "machine": {
             "cpu": cpu(),

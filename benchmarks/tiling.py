@@ -48,7 +48,7 @@ import numpy as np
 import openslide
 import psutil
 import simplejpeg
-from options import add_sizes
+from options import add_sizes, real_data
 from origin import origin
 from PIL import Image
 
@@ -410,8 +410,7 @@ def pyramid_parts(path: Path, sizes: Sizes) -> list[Part]:
 
 def real_slide() -> Path | None:
     """The real SVS, where it is."""
-    default = Path(__file__).resolve().parents[2] / "shared" / "data"
-    path = Path(os.environ.get("GIGAMIL_TEST_DATA", default)) / REAL_SLIDE
+    path = real_data(REAL_SLIDE)
     return path if path.is_file() else None
 
 

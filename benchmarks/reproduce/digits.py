@@ -15,17 +15,18 @@ First the curves: the first 20 losses with SGD in float64 from one start, of ful
 seed, training with AdamW in float32, every run in a process of its own: AUC of the test bags, AUC of their digits by attention
 (9 or not), tiles through the encoder, peak memory.
 
-    python benchmarks/reproduce/digits.py --digits FOLDER [--protocol acc] [--bag 50] [--seeds 3] [--epochs 12] [--out DIR]
+    python benchmarks/reproduce/digits.py [--digits FOLDER] [--protocol acc] [--bag 50] [--seeds 3] [--epochs 20] [--out DIR]
 
-FOLDER holds mnist.npz (train_images, train_labels, test_images, test_labels). The last line is JSON: auc_full, auc_replay, auc_sampled,
+FOLDER holds mnist.npz (train_images, train_labels, test_images, test_labels). Writes digits.png and digits.json (of every run) into DIR. The
+last line is JSON: auc_full, auc_replay, auc_sampled,
 auc_coupled, auc_frozen (means over seeds), max_curve_difference (largest relative difference of those 20 losses), seeds, ...
 """
 
 import argparse
 import json
 import math
-import resource
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -52,9 +53,14 @@ from gigamil.partition.schedule import StepPlan, plan_steps
 from gigamil.testing.exactness import World
 from gigamil.testing.ranks import run_on_ranks
 from gigamil.train.loss import losses
+from gigamil.train.memory import MemoryMeter
 from gigamil.train.plain import PlainEngine
 from gigamil.train.step import ExactStep, Ranks, attention_of
 from gigamil.train.taught import TaughtStep
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from options import need_file, real_data
+from origin import origin
 
 KEY = 9
 SHARE_SAMPLED = 0.3
@@ -279,7 +285,7 @@ def trained(rank: int, num_ranks: int, setting: Setting) -> dict[str, float]:
     torch.set_num_threads(1)
     train = make_bags(setting, "train", setting.train, setting.seed)
     ranks = World(rank, num_ranks).ranks(num_ranks)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    memory = MemoryMeter(torch.device("cpu"))
     start = time.monotonic()
     learner = Learner(setting, ranks, make_model(setting.seed))
     if setting.regime in ("frozen", "coupled"):
@@ -299,9 +305,9 @@ def trained(rank: int, num_ranks: int, setting: Setting) -> dict[str, float]:
         last.forwards += learner.forwards + teaching.forwards
         learner = last
     seconds = time.monotonic() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = memory.above_start()
     found = score(learner.model, make_bags(setting, "test", setting.test, setting.seed))
-    return found | {"forwards": learner.forwards, "memory_mb": (peak - before) / 1024, "seconds": seconds}
+    return found | {"forwards": learner.forwards, "memory_mb": peak / 2**20, "seconds": seconds}
 
 
 @torch.no_grad()
@@ -373,10 +379,10 @@ def table(results: dict[str, list[dict[str, float]]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Run, print, draw."""
+def main(words: Sequence[str] | None = None) -> int:
+    """Run, print, draw; return 0."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--digits", type=Path, required=True, metavar="FOLDER", help="of mnist.npz")
+    parser.add_argument("--digits", type=Path, default=real_data("mnist"), metavar="FOLDER", help="of mnist.npz")
     parser.add_argument("--protocol", choices=("acc", "ilse"), default="acc", help="(%(default)s)")
     parser.add_argument("--bag", type=int, help="digits per bag (50 for acc, 10 for ilse)")
     parser.add_argument("--train", type=int, default=300, help="training bags (%(default)s)")
@@ -384,7 +390,8 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=20, help="(%(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="(%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("runs/digits"), help="for the figure (%(default)s)")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
+    need_file(arguments.digits / "mnist.npz", "--digits")
     start = time.monotonic()
     size = arguments.bag or (50 if arguments.protocol == "acc" else 10)
     setting = Setting(
@@ -414,8 +421,12 @@ def main() -> None:
     ]
     facts |= {"max_curve_difference": difference, "max_auc_difference": round(max(gaps), 4), "seeds": arguments.seeds}
     shown = {key: value for key, value in asdict(setting).items() if key not in ("digits", "regime", "seed")}
-    print(json.dumps(facts | shown | {"minutes": round((time.monotonic() - start) / 60, 1)}))
+    facts |= shown | {"minutes": round((time.monotonic() - start) / 60, 1)}
+    whole = facts | {"runs": results, "curves": curves, **origin(__file__, words, torch=torch.__version__)}
+    (arguments.out / "digits.json").write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(facts))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -170,17 +170,18 @@ def refuse_stale(config: RunConfig, data: TrainingData) -> None:
         _log.warning("whether the features in '%s' are of the encoder as it is now was not checked: %s", folder, error)
         return
     wanted = _encoder_attributes(config, encoder, kind_of_features(folder))["encoder_sha256"]
-    shards, stale = pictured_shards(config, data.shards), []
-    slide_ids = list(data.splits.split_of())
+    slide_ids, shards = list(data.splits.split_of()), pictured_shards(config, data.shards)
+    there = set(slide_ids) & set(shards.slide_ids) if shards else set()
+    tiles_of = {slide_id: shards.manifest(slide_id).index.sha256 for slide_id in there} if shards else {}
+    stale = []
     for slide_id in slide_ids:
         attributes = read_features_header(features_path(folder, slide_id)).attrs
         if "encoder_sha256" not in attributes:
             continue
         if attributes["encoder_sha256"] != wanted:
             stale.append(f"slide '{slide_id}': of another encoder, or of other weights, options or precision")
-        elif shards is not None and slide_id in shards.slide_ids:
-            if attributes.get("tiles_sha256") != shards.manifest(slide_id).index.sha256:
-                stale.append(f"slide '{slide_id}': of other tiles than those of now")
+        elif slide_id in tiles_of and attributes.get("tiles_sha256") != tiles_of[slide_id]:
+            stale.append(f"slide '{slide_id}': of other tiles than those of now")
     if stale:
         more = f"\n  and {len(stale) - _MAX_LISTED} more" if len(stale) > _MAX_LISTED else ""
         listed = "\n  ".join(stale[:_MAX_LISTED])

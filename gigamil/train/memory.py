@@ -36,13 +36,14 @@ class MemoryMeter:
     Args:
         device: of this rank.
         config: its libraries are loaded first (`import_encoder`, and here DeepSpeed's, by all ranks together), else
-            their memory would be taken for the run's.
+            their memory would be taken for the run's. None: they are loaded, or count.
     Attributes:
         start: bytes at the start.
     """
 
-    def __init__(self, device: torch.device, config: "RunConfig") -> None:
-        _load_libraries(config, device)
+    def __init__(self, device: torch.device, config: "RunConfig | None" = None) -> None:
+        if config is not None:
+            _load_libraries(config, device)
         self._device = device
         self._above = 0
         if device.type == "cuda":

@@ -26,22 +26,35 @@ class InstancePooling(nn.Module):
         num_classes: K.
         hidden: width of a hidden layer of f, with a ReLU; 0 makes f linear.
         dropout: keyed dropout on the embeddings.
+        one_sided: of two classes f has a logit for the second only, and that of the first is 0: no tile speaks for the first.
+    Raises:
+        ConfigError: `one_sided` and another number of classes than two.
     """
 
     out_dim = None
 
-    def __init__(self, dim: int, num_classes: int, hidden: int = 0, dropout: float = 0.0) -> None:
+    def __init__(
+        self, dim: int, num_classes: int, hidden: int = 0, dropout: float = 0.0, one_sided: bool = False
+    ) -> None:
         super().__init__()
         if hidden:
             check_counts(hidden=hidden)
+        if one_sided and num_classes != 2:
+            raise ConfigError(
+                f"one_sided takes two classes, the second of which is what tiles show; here are {num_classes}"
+            )
         layers = [nn.Linear(dim, hidden), nn.ReLU()] if hidden else []
-        self.classify = nn.Sequential(*layers, nn.Linear(hidden or dim, num_classes))
+        self.classify = nn.Sequential(*layers, nn.Linear(hidden or dim, 1 if one_sided else num_classes))
         self.dropout = KeyedDropout(dropout, "aggregator.embedding")
+        self.one_sided = one_sided
 
     def forward(self, bag: Bag) -> Pooled:
         """Bag -> logits (B, K), and those of the tiles (n, K)."""
         logit_nK = self.classify(self.dropout(bag.embedding_nD, bag.tile_key_n))
-        return Pooled(self.pooled(logit_nK, bag), score_nA=logit_nK, per_class=True)
+        logit_BK = self.pooled(logit_nK, bag)
+        if self.one_sided:
+            logit_BK, logit_nK = F.pad(logit_BK, (1, 0)), F.pad(logit_nK, (1, 0))
+        return Pooled(logit_BK, score_nA=logit_nK, per_class=True)
 
     def pooled(self, logit_nK: Tensor, bag: Bag) -> Tensor:
         """Logits of tiles (n, K) -> logits of slides (B, K)."""
@@ -99,12 +112,22 @@ class NoisyOrPooling(InstancePooling):
     Args:
         dim, num_classes, hidden, dropout: as `InstancePooling`.
         bias: where the bias of f starts. Near 0 every p_k of thousands of tiles is 1; at -7 a tile has p = 0.0009.
+        one_sided: as `InstancePooling`. p is then the probability of the second class, and a further tile never lowers it: the
+            assumption of multiple-instance learning, which two logits let a model break (Raff & Holt 2023, arXiv:2310.17867).
     Cost: one sum all-reduce of B K numbers, and one in backward.
     Source: Maron & Lozano-Perez 1998 (NIPS 10), and Zhang, Platt & Viola 2005 (NIPS 18).
     """
 
-    def __init__(self, dim: int, num_classes: int, bias: float = -7.0, hidden: int = 0, dropout: float = 0.0) -> None:
-        super().__init__(dim, num_classes, hidden, dropout)
+    def __init__(
+        self,
+        dim: int,
+        num_classes: int,
+        bias: float = -7.0,
+        hidden: int = 0,
+        dropout: float = 0.0,
+        one_sided: bool = False,
+    ) -> None:
+        super().__init__(dim, num_classes, hidden, dropout, one_sided)
         nn.init.constant_(self.classify[-1].bias, bias)  # type: ignore[arg-type]
 
     def pooled(self, logit_nK: Tensor, bag: Bag) -> Tensor:
@@ -120,14 +143,22 @@ class TopMeanPooling(InstancePooling):
     """Mean of the k highest instance logits of each class; of equal ones, those of the lowest tile numbers.
 
     Args:
-        dim, num_classes, hidden, dropout: as `InstancePooling`.
+        dim, num_classes, hidden, dropout, one_sided: as `InstancePooling`; one-sided, a further tile never lowers the second class.
         k: tiles that count; a slide must have as many.
     Cost: one all-gather of 2 B k K float64 numbers, one sum all-reduce of B k K; one sum of that size in backward.
     Source: Campanella et al. 2019, doi:10.1038/s41591-019-0508-1 (k = 1); Durand et al. 2016 (CVPR, "WELDON").
     """
 
-    def __init__(self, dim: int, num_classes: int, k: int = 8, hidden: int = 0, dropout: float = 0.0) -> None:
-        super().__init__(dim, num_classes, hidden, dropout)
+    def __init__(
+        self,
+        dim: int,
+        num_classes: int,
+        k: int = 8,
+        hidden: int = 0,
+        dropout: float = 0.0,
+        one_sided: bool = False,
+    ) -> None:
+        super().__init__(dim, num_classes, hidden, dropout, one_sided)
         check_counts(k=k)
         self.min_tiles = k
 
@@ -142,14 +173,16 @@ class TopMeanPooling(InstancePooling):
 class MaxInstancePooling(TopMeanPooling):
     """The highest instance logit of each class: logit_k = max_i f_k(h_i); of equal ones the lowest tile number learns.
 
-    Arguments are those of `InstancePooling`.
+    Arguments are those of `InstancePooling`; one-sided, a further tile never lowers the second class.
 
     Cost: one all-gather of 2 B K float64 numbers, one sum all-reduce of B K; one sum of that size in backward.
     Source: Campanella et al. 2019, doi:10.1038/s41591-019-0508-1; Wang et al. 2018, arXiv:1610.02501.
     """
 
-    def __init__(self, dim: int, num_classes: int, hidden: int = 0, dropout: float = 0.0) -> None:
-        super().__init__(dim, num_classes, 1, hidden, dropout)
+    def __init__(
+        self, dim: int, num_classes: int, hidden: int = 0, dropout: float = 0.0, one_sided: bool = False
+    ) -> None:
+        super().__init__(dim, num_classes, 1, hidden, dropout, one_sided)
 
 
 @aggregators.register("max")

@@ -22,7 +22,9 @@ def test_command_commit_and_machine() -> None:
 
 def test_without_words_the_command_line_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["whatever.py", "--quick"])
-    assert origin("x/tiling.py", None)["command"] == "python benchmarks/tiling.py --quick"
+    assert origin(loading.__file__, None)["command"] == "python benchmarks/loading.py --quick"
+    deeper = Path(loading.__file__).parent / "reproduce" / "digits.py"
+    assert origin(str(deeper), None)["command"] == "python benchmarks/reproduce/digits.py --quick"
 
 
 def test_commit_of_a_repository(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from gigamil.errors import ConfigError
 from gigamil.models.aggregators.instance import (
     InstancePooling,
     LogSumExpPooling,
@@ -61,6 +62,30 @@ def test_instance_pooling_is_the_formula(
     assert torch.equal(pooled.score_nA, logit_nK)
     found, wanted = (torch.autograd.grad(x.sin().sum(), embedding_nD)[0] for x in (pooled.slide_BX, wanted_BK))
     torch.testing.assert_close(found, wanted, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("kind", [NoisyOrPooling, MaxInstancePooling, TopMeanPooling])
+def test_one_sided_a_further_tile_never_lowers_the_second_class(kind: type[InstancePooling], make_bag: MakeBag) -> None:
+    torch.manual_seed(0)
+    options = {"k": 2} if kind is TopMeanPooling else {}
+    model, embedding_nD = kind(DIM, 2, hidden=5, one_sided=True, **options).double(), embeddings()
+    plain = kind(DIM, 1, hidden=5, **options).double()
+    plain.load_state_dict(model.state_dict())
+    pooled: Pooled = model(make_bag(embedding_nD, SIZES))
+    wanted: Pooled = plain(make_bag(embedding_nD, SIZES))
+    torch.testing.assert_close(
+        pooled.slide_BX, torch.cat([torch.zeros(3, 1), wanted.slide_BX], dim=1), check_dtype=False
+    )
+    assert pooled.score_nA.shape == (sum(SIZES), 2)
+    assert not pooled.score_nA[:, 0].any()
+    logits = [model(make_bag(embedding_nD[:size], (size,))).slide_BX[0, 1].item() for size in range(2, sum(SIZES))]
+    assert logits == sorted(logits)
+    assert logits[0] < logits[-1]
+
+
+def test_one_sided_is_for_two_classes() -> None:
+    with pytest.raises(ConfigError, match="one_sided takes two classes.*here are 3"):
+        NoisyOrPooling(DIM, CLASSES, one_sided=True)
 
 
 @pytest.mark.parametrize("logit", [-200.0, -80.0, -20.0, -7.0, 0.0, 20.0, 200.0])

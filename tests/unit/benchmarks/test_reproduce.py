@@ -1,0 +1,101 @@
+"""The seeds' experiments, tiny: they run to their JSON, and what they claim to compare is compared."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks.reproduce import digits as digits_script
+from benchmarks.reproduce import unit_tests as unit_tests_script
+
+
+def last_json(capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
+    found: dict[str, object] = json.loads(capsys.readouterr().out.splitlines()[-1])
+    return found
+
+
+@pytest.fixture
+def digits(tmp_path: Path) -> Path:
+    """Digits that anyone can tell apart: a class is a row that is lit."""
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for side in ("train", "test"):
+        labels = np.arange(300) % 10
+        images = rng.integers(0, 40, (300, 28, 28), dtype=np.uint8)
+        images[np.arange(300), 2 * labels + 4] = 255
+        arrays |= {f"{side}_images": images, f"{side}_labels": labels}
+    np.savez(tmp_path / "mnist.npz", **arrays)
+    return tmp_path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("protocol", ["acc", "ilse"])
+def test_digits(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], protocol: str) -> None:
+    words = ["--digits", str(digits), "--protocol", protocol, "--train", "20", "--test", "10", "--epochs", "11"]
+    assert digits_script.main([*words, "--seeds", "1", "--bag", "8", "--out", str(tmp_path / "out")]) == 0
+    found = last_json(capsys)
+    assert found["max_curve_difference"] < 1e-9  # type: ignore[operator]
+    whole = json.loads((tmp_path / "out" / "digits.json").read_text())
+    full, replay = whole["runs"]["full"][0], whole["runs"]["replay"][0]
+    assert replay["auc"] == pytest.approx(full["auc"])
+    assert replay["forwards"] == 2 * full["forwards"]
+    assert whole["runs"]["frozen"][0]["forwards"] < whole["runs"]["coupled"][0]["forwards"]
+    assert len(whole["curves"]["full"]) == 20
+    assert (tmp_path / "out" / "digits.png").is_file()
+
+
+def test_bags_of_digits_have_the_key_where_they_say(digits: Path) -> None:
+    module = digits_script
+    for protocol, bag in (("acc", 50), ("ilse", 10)):
+        bags = module.make_bags(module.Setting(str(digits), protocol, bag), "train", 40, 3)
+        assert [bool(is_key.any()) for is_key in bags.is_key] == [bool(label) for label in bags.label_N]
+        if protocol == "acc":
+            assert sorted({int(is_key.sum()) for is_key in bags.is_key}) == [0, 3]
+            assert set(bags.sizes) == {50}
+        else:
+            assert len(set(bags.sizes)) > 3
+        shown = [int((image[:, :, 0].float().mean(1) > 200).nonzero()[0, 0] - 4) // 2 for image in bags.images[1]]
+        assert [digit == 9 for digit in shown] == bags.is_key[1].tolist()
+
+
+def test_without_digits_it_is_told(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="there is no .*mnist.npz.*--digits, or GIGAMIL_TEST_DATA"):
+        digits_script.main(["--digits", str(tmp_path)])
+
+
+def test_unit_tests(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    module = unit_tests_script
+    names = ["attention", "noisy_or, one-sided"]
+    assert module.main(["--aggregators", *names, "--out", str(tmp_path)]) == 0
+    found = last_json(capsys)
+    assert found["aggregators"] == 2
+    violations = found["violations"]
+    assert isinstance(violations, dict)
+    assert "attention" in violations["absence"]
+    assert "noisy_or, one-sided" not in violations["absence"] + violations["pair"]
+    assert (tmp_path / "unit_tests.png").is_file()
+
+
+@pytest.mark.parametrize("name", ["absence", "pair", "frequency"])
+def test_the_rule_holds_on_both_sides_and_the_shortcut_is_turned(name: str) -> None:
+    """Bags are drawn as the tests say: by the rule, and with a shortcut that says the opposite in the test."""
+    module = unit_tests_script
+    rng = np.random.default_rng(0)
+
+    def shown(is_positive: bool, is_turned: bool) -> tuple[bool, bool]:
+        bag = module.TESTS[name](rng, is_positive, is_turned)
+        mean = bag.mean(axis=1)
+        poisoned = bool((np.abs(mean + 10) < 1).any())
+        both = bool((np.abs(mean - 2) < 0.3).any() and (np.abs(mean - 3) < 0.3).any())
+        return (len(bag) > 30 if name == "frequency" else poisoned), both
+
+    for is_turned in (False, True):
+        for is_positive in (False, True):
+            shortcut, both = shown(is_positive, is_turned)
+            if name == "frequency":
+                assert shortcut == (is_turned and not is_positive)
+            else:
+                assert shortcut == (is_positive == is_turned)
+            if name != "absence":
+                assert both == is_positive
