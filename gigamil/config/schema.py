@@ -265,11 +265,10 @@ class Science(Section):
     bootstrap: Annotated[int, Field(ge=100)] = Field(1000, description="resamples of patients for intervals")
 
     @model_validator(mode="after")
-    def _patients_lie_on_no_grid(self) -> "Science":
-        if self.bag == "patient" and (self.encoder.dense is not None or self.regime.name in ("coupled", "taught")):
-            what = "science.encoder.dense" if self.encoder.dense is not None else f"science.regime={self.regime.name}"
+    def _teachers_take_slides(self) -> "Science":
+        if self.bag == "patient" and self.regime.name in ("coupled", "taught"):
             raise ValueError(
-                f"science.bag=patient with {what}, which takes slides one by one: set science.bag to slide"
+                f"science.bag=patient with science.regime={self.regime.name}, which takes slides one by one: set science.bag to slide"
             )
         return self
 

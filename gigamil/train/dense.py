@@ -22,7 +22,7 @@ from gigamil.shards.read import ShardSet
 from gigamil.train.cohort import TiledSlides
 
 if TYPE_CHECKING:
-    from gigamil.config.schema import Slides
+    from gigamil.config.schema import Science, Slides
 
 _MAX_BLOCKS = 512  # of a slide, of which the area is taken; of more, every so many
 
@@ -59,6 +59,14 @@ def dense_geometry(encoder: nn.Module, slides: "Slides", probe: bool = True) -> 
     if probe:
         refuse_wrong_geometry(network, geometry)
     return geometry
+
+
+def refuse_patients(science: "Science") -> None:
+    """Refuse several slides as one bag: their tiles lie on no common grid."""
+    if science.bag == "patient":
+        raise ConfigError(
+            "science.bag=patient with a dense encoder, which sees slides one by one: set science.bag to slide, or take an encoder of tiles"
+        )
 
 
 def largest_grids(

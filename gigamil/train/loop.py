@@ -34,7 +34,7 @@ from gigamil.train.agree import StopSignals, agree, all_or_none, first_rank_says
 from gigamil.train.average import WeightAverage
 from gigamil.train.checkpoint import CheckpointStore
 from gigamil.train.cohort import SlideSet, check_grids, load_training_data, open_source, unused_keys
-from gigamil.train.dense import dense_geometry, largest_grids
+from gigamil.train.dense import dense_geometry, largest_grids, refuse_patients
 from gigamil.train.engine import DeepSpeedEngine, TrainingState, deepspeed_config, make_optimizer
 from gigamil.train.handshake import refuse_unlike_data
 from gigamil.train.identity import refuse_other_run, run_identity
@@ -207,6 +207,7 @@ class Trainer:
         model.train()
         self._geometry = dense_geometry(model.encoder, self.config.slides)
         if self._geometry is not None:
+            refuse_patients(science)
             check_grids(self.data.shards, self.data.splits.split_of())
         state = None if generation is None else self._resumed(generation)
         grids = self._largest_grids()

@@ -51,7 +51,7 @@ from gigamil.partition.schedule import StepPlan, plan_steps
 from gigamil.partition.spans import owned_range
 from gigamil.shards.read import ShardSet
 from gigamil.train.cohort import TrainingData, load_training_data
-from gigamil.train.dense import BlockCosts, dense_geometry, largest_grids
+from gigamil.train.dense import BlockCosts, dense_geometry, largest_grids, refuse_patients
 from gigamil.train.engine import deepspeed_config, make_optimizer
 from gigamil.train.step import FEATURE_ROWS
 from gigamil.units import format_bytes
@@ -593,6 +593,7 @@ def _largest_step(config: RunConfig, sizes: Sequence[int]) -> StepPlan:
 
 
 def _largest_grids(config: RunConfig, data: TrainingData) -> tuple[SlideGrid, ...]:
+    refuse_patients(config.science)
     slides = data.slides("train")
     return largest_grids(data.shards, slides.slide_ids, slides.sizes, config.science.slides_per_step)
 

@@ -1,13 +1,21 @@
 """The seeds' experiments, tiny: they run to their JSON, and what they claim to compare is compared."""
 
+import csv
+import io
 import json
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+import simplejpeg
 
+from benchmarks.lung_mosaic import ADENO, NORMAL, SQUAMOUS, read_tiles
 from benchmarks.reproduce import digits as digits_script
+from benchmarks.reproduce import lung as lung_script
 from benchmarks.reproduce import unit_tests as unit_tests_script
+from gigamil.data.decode import decode_tiles
+from gigamil.shards.read import ShardSet
 
 
 def last_json(capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
@@ -99,3 +107,71 @@ def test_the_rule_holds_on_both_sides_and_the_shortcut_is_turned(name: str) -> N
                 assert shortcut == (is_positive == is_turned)
             if name != "absence":
                 assert both == is_positive
+
+
+GREY = {NORMAL: 200, ADENO: 120, SQUAMOUS: 60}
+
+
+@pytest.fixture
+def lung_tiles(tmp_path: Path) -> Path:
+    """Flat tiles, two of each of 16 fields of a kind, as lung_tiles.tar and tiles.csv."""
+    folder = tmp_path / "lung_tiles"
+    folder.mkdir()
+    rows = [["path", "label", "group_id"]]
+    rng = np.random.default_rng(0)
+    with tarfile.open(folder / "lung_tiles.tar", "w") as tar:
+        for label, grey in GREY.items():
+            for number in range(32):
+                pixels = (grey + rng.integers(-9, 9, (224, 224, 1))).astype(np.uint8).repeat(3, axis=2)
+                jpeg, member = simplejpeg.encode_jpeg(pixels), tarfile.TarInfo(f"{label}/{number}.jpg")
+                member.size = len(jpeg)
+                tar.addfile(member, io.BytesIO(jpeg))
+                rows.append([member.name, label, str(number // 2)])
+    with (folder / "tiles.csv").open("w", newline="") as stream:
+        csv.writer(stream).writerows(rows)
+    return folder
+
+
+def test_mosaics_of_patients_share_no_field(lung_tiles: Path, tmp_path: Path) -> None:
+    table = lung_script.write_cohort(tmp_path / "cohort", read_tiles(lung_tiles), 32, 32)
+    rows = list(csv.DictReader(table.read_text().splitlines()))
+    assert len(rows) == 32
+    assert {(row["split"], row["label"]) for row in rows} == {
+        (split, label) for split in ("train", "val", "test") for label in lung_script.CLASSES
+    }
+    sides = {row["patient_id"]: row["split"] for row in rows}
+    assert len(sides) == 16
+    shards = ShardSet(tmp_path / "cohort" / "shards")
+    shown = [decode_tiles(shards.read_span(row["slide_id"], 0, 40), 32).mean(axis=(1, 2)) for row in rows[:4]]
+    nests = [np.flatnonzero(np.abs(grey_N3 - grey_N3[0]).max(axis=1) > 25) for grey_N3 in shown]
+    assert [len(nest) for nest in nests] == [lung_script.NUM_TUMOUR] * 4, (
+        "all normal tiles of a slide are stained alike"
+    )
+    fields = json.loads((tmp_path / "cohort" / "fields.json").read_text())
+    train = [row for row in rows if row["split"] == "train"]
+    # Of 16 fields a class is dealt to 8 patients, normal ones to 16.
+    num_patients = len({row["patient_id"] for row in train})
+    assert len(fields) == num_patients + 2 * num_patients
+
+
+@pytest.mark.slow
+def test_lung(lung_tiles: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--tiles", str(lung_tiles), "--slides", "32", "--tile-px", "32", "--epochs", "1", "--pretrain", "1"]
+    regimes = ["frozen", "sampled", "end_to_end", "streamed"]
+    words += ["--out", str(tmp_path / "out"), "--regimes", *regimes]
+    assert lung_script.main(words) == 0
+    found = last_json(capsys)
+    assert set(regimes) <= found.keys()
+    ci, difference = found["ci"], found["minus_frozen"]
+    assert isinstance(ci, dict)
+    assert isinstance(difference, dict)
+    assert list(ci) == regimes
+    assert list(difference) == regimes[1:]
+    whole = json.loads((tmp_path / "out" / "lung.json").read_text())
+    spent = {run["name"]: run["spent"]["tile_forwards"] for run in whole["comparison"]["runs"]}
+    assert spent["frozen"] == 16 * 40, "every training tile once"
+    assert spent["sampled"] < spent["end_to_end"]
+    assert (tmp_path / "out" / "comparison" / "comparison.html").is_file()
+    before = (tmp_path / "out" / "frozen" / "seed0" / "run.json").stat().st_mtime_ns
+    assert lung_script.main(words) == 0
+    assert (tmp_path / "out" / "frozen" / "seed0" / "run.json").stat().st_mtime_ns == before, "not done again"
