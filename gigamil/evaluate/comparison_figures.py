@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gigamil.evaluate.figures import METRIC_WORDS
+from gigamil.evaluate.figures import METRIC_WORDS, SHARES
 from gigamil.evaluate.history import History
 from gigamil.evaluate.style import INK, MUTED, class_style, drawing, short_name
 
@@ -31,6 +31,8 @@ def draw_differences(comparison: "Comparison", words: str, out_png: Path) -> Non
         left.set_yticks(range(len(runs)), [short_name(run["name"]) for run in runs])
         left.set_ylim(len(runs) - 0.5, -0.5)
         left.set_title(words)
+        if metric in SHARES:
+            left.set_xlim(min(0.48, left.get_xlim()[0]), 1.04)
         right.set_title(f"minus {short_name(runs[0]['name'])}")
         right.axvline(0, color=MUTED, linewidth=1, linestyle=(0, (4, 4)))
         for axes in (left, right):

@@ -21,9 +21,11 @@ def by_patient(part: Predictions | Values) -> Predictions | Values | None:
     first = part.take([own[0] for own in rows.values()])
     if not _agree(part, list(rows.values())):
         return None
-    if isinstance(part, Predictions):
-        return replace(first, slide_ids=first.patient_ids, probs_NK=_means(part.probs_NK, list(rows.values())))
-    return replace(first, slide_ids=first.patient_ids, value_NP=_means(part.value_NP, list(rows.values())))
+    value_NP = part.probs_NK if isinstance(part, Predictions) else part.value_NP
+    mean_NP = np.stack([value_NP[own].mean(axis=0) for own in rows.values()])
+    if isinstance(first, Predictions):
+        return replace(first, slide_ids=first.patient_ids, probs_NK=mean_NP)
+    return replace(first, slide_ids=first.patient_ids, value_NP=mean_NP)
 
 
 def _agree(part: Predictions | Values, rows: Sequence[Sequence[int]]) -> bool:
@@ -32,7 +34,3 @@ def _agree(part: Predictions | Values, rows: Sequence[Sequence[int]]) -> bool:
     return all(
         np.array_equal(part.target_NX[own[0]], part.target_NX[row], equal_nan=True) for own in rows for row in own[1:]
     )
-
-
-def _means(value_NP: np.ndarray, rows: Sequence[Sequence[int]]) -> np.ndarray:
-    return np.stack([value_NP[list(own)].mean(axis=0) for own in rows])

@@ -86,6 +86,20 @@ class Pooled:
 
         return mean
 
+    def by_patient(self) -> "Pooled | None":
+        """A row per patient and fold, the mean over its slides; None if what is known of these differs."""
+        rows: dict[tuple[str, int], list[int]] = {}
+        for row, key in enumerate(zip(self.patients, self.folds, strict=True)):
+            rows.setdefault(key, []).append(row)
+        if not all(
+            np.array_equal(self.target_NX[own], self.target_NX[[own[0]] * len(own)], equal_nan=True)
+            for own in rows.values()
+        ):
+            return None
+        first = self.take([own[0] for own in rows.values()])
+        means = [self.value_SNP[:, own].mean(axis=1) for own in rows.values()]
+        return replace(first, value_SNP=np.stack(means, axis=1))
+
     def take(self, rows: Sequence[int]) -> "Pooled":
         """The given slides, in the given order."""
         chosen = np.asarray(rows, dtype=np.int64)
@@ -99,20 +113,22 @@ class Pooled:
         )
 
 
-def read_pooled(folder: Path) -> Pooled:
+def read_pooled(folder: Path, *, of_units: bool = True) -> Pooled:
     """Held-out slides of a run (its headline split), or those of all finished folds and seeds of a study.
 
+    Args:
+        of_units: where patients are scored (`science.bag`), a row per patient; False: always a row per slide.
     Raises:
         CohortError: there is neither; or no slide has a target, or folds have other classes.
     """
     if not (folder / STUDY_FILE).is_file():
-        return _read_one(folder, folder.resolve().name, fold=0)
+        return _read_one(folder, folder.resolve().name, 0, of_units)
     done = [member for member in read_study(folder) if member.is_finished]
     if not done:
         raise CohortError(f"no run of the study '{folder}' is finished")
     seeds = sorted({member.seed for member in done})
     by_seed = {
-        seed: _beside([_read_one(folder / m.folder, m.folder, m.fold) for m in done if m.seed == seed])
+        seed: _beside([_read_one(folder / m.folder, m.folder, m.fold, of_units) for m in done if m.seed == seed])
         for seed in seeds
     }
     return _behind(folder.resolve().name, [by_seed[seed] for seed in seeds])
@@ -152,12 +168,12 @@ def write_study(folder: Path, members: Sequence[Member]) -> None:
     replace_file(folder / STUDY_FILE, text.encode())
 
 
-def _read_one(run: Path, name: str, fold: int) -> Pooled:
+def _read_one(run: Path, name: str, fold: int, of_units: bool) -> Pooled:
     predictions = read_run(run)
     known = predictions.labelled(predictions.headline_split)
     if not len(known):
         raise CohortError(f"'{run}': no slide of its {predictions.headline_split} split has a label")
-    if (run / EVALUATION_FILE).is_file() and read_evaluation(run)["unit"] == "patient":
+    if of_units and (run / EVALUATION_FILE).is_file() and read_evaluation(run)["unit"] == "patient":
         known = by_patient(known) or known
     target_NX, value_NP = targets_and_values(known)
     found = load_task(run) or Multiclass(predictions.classes if isinstance(predictions, Predictions) else ())

@@ -38,7 +38,7 @@ _PER_KIND = 2  # pictures of each kind of hit and miss
 class StudyEvaluation(TypedDict):
     """What study_evaluation.json holds: `pooled` over all slides, of each seed by itself and their mean; and each run's own.
 
-    `per_run` has, for each finished run, fold, seed and the metrics of its held-out slides.
+    `patients` is that of the mean over slides, where a patient has several. `per_run` has, for each finished run, fold, seed and the metrics of its held-out slides.
     """
 
     metric: str
@@ -46,6 +46,7 @@ class StudyEvaluation(TypedDict):
     num_bootstrap: int
     seed: int
     pooled: Scores
+    patients: Scores | None
     per_run: list[dict[str, Any]]
     failed: list[dict[str, Any]]
 
@@ -73,12 +74,15 @@ def evaluate_study(folder: Path, *, num_bootstrap: int, seed: int) -> StudyEvalu
             found = read_evaluation(folder / member.folder)
             own = found["splits"][found["headline_split"]]
             per_run.append({"fold": member.fold, "seed": member.seed, "folder": member.folder, "scores": own})
+    means = pooled.by_patient()
+    several = means if means is not None and len(means) < len(pooled) else None
     evaluation = StudyEvaluation(
         metric=metric,
         num_seeds=pooled.num_seeds,
         num_bootstrap=num_bootstrap,
         seed=seed,
-        pooled=scores(pooled.measure(), pooled.patients, num_bootstrap=num_bootstrap, seed=seed),
+        pooled=_scores(pooled, num_bootstrap, seed),
+        patients=None if several is None else _scores(several, num_bootstrap, seed),
         per_run=per_run,
         failed=[vars(member) for member in members if member.error and not member.is_finished],
     )
@@ -88,12 +92,16 @@ def evaluate_study(folder: Path, *, num_bootstrap: int, seed: int) -> StudyEvalu
     return evaluation
 
 
+def _scores(pooled: Pooled, num_bootstrap: int, seed: int) -> Scores:
+    return scores(pooled.measure(), pooled.patients, num_bootstrap=num_bootstrap, seed=seed)
+
+
 def gallery(folder: Path) -> list[Shown]:
     """The slides that tell most: of two classes the surest hits and misses of each kind, with the run that predicted them.
 
     Of the first seed. Empty for other tasks.
     """
-    pooled = read_pooled(folder)
+    pooled = read_pooled(folder, of_units=False)
     if not isinstance(pooled.task, Multiclass) or len(pooled.task.classes) != 2:
         return []
     done = [member for member in read_study(folder) if member.is_finished]
@@ -121,10 +129,10 @@ def write_study_report(folder: Path) -> Path:
     """Write report.html of a study from its files: tables, figures, gallery, the configuration."""
     evaluation: StudyEvaluation = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
     members = read_study(folder)
-    name = folder.resolve().name
+    name = folder.resolve().parent.name
     html = page(
         f"{name} - gigamil",
-        tag("h1", f"Study {name}"),
+        tag("h1", f"{name}: cross-validation"),
         _lead(evaluation, members),
         _failed_section(evaluation),
         _metrics_section(evaluation),
@@ -209,16 +217,24 @@ def _metrics_section(evaluation: StudyEvaluation) -> Html:
         spread = f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
         if len(values) < len(own):
             spread += f" (undefined in {len(own) - len(values)} of {len(own)} runs)"
-        interval = "none" if estimate["ci"] is None else f"{estimate['ci'][0]:.3f} to {estimate['ci'][1]:.3f}"
-        value = "undefined" if estimate["value"] is None else f"{estimate['value']:.3f}"
-        rows.append(("", [metric_words(name), tag("strong", value), interval, spread]))
+        rows.append(("", [metric_words(name), *_pooled_cells(estimate), spread]))
+    if evaluation["patients"] is not None:
+        for name, estimate in evaluation["patients"]["metrics"].items():
+            rows.append(("", [f"{metric_words(name)}, by patient", *_pooled_cells(estimate), ""]))
     note = (
         f"Pooled: all out-of-fold predictions together, the mean over seeds; intervals from {evaluation['num_bootstrap']} bootstrap "
         "resamples of patients. Models of different folds need not mean the same by a probability, which pooling takes for granted; "
         "the last column, mean and standard deviation of runs by themselves, does not."
     )
+    if evaluation["patients"] is not None:
+        note += " By patient: the mean of what is predicted of the slides of each."
     head = ["Metric", "Pooled", "95 % interval", "Of runs by themselves"]
     return join(tag("h2", "Metrics"), table(head, rows), tag("p", note, class_="note"))
+
+
+def _pooled_cells(estimate: Estimate) -> list[str]:
+    interval = "none" if estimate["ci"] is None else f"{estimate['ci'][0]:.3f} to {estimate['ci'][1]:.3f}"
+    return [tag("strong", "undefined" if estimate["value"] is None else f"{estimate['value']:.3f}"), interval]
 
 
 def _runs_section(evaluation: StudyEvaluation) -> Html:

@@ -56,7 +56,7 @@ def _nan_training(rank: int, num_ranks: int, config: RunConfig, always: bool) ->
 
 
 def test_three_losses_in_a_row_that_are_not_finite_stop_all_ranks_with_unchanged_weights(tmp_path: Path) -> None:
-    config = tiny_run(tmp_path, execution={"ranks": 2}, science={"loss": "broken"})
+    config = tiny_run(tmp_path, execution={"ranks": 2}, science={"task": {"loss": "broken"}})
     for message, unchanged in run_on_ranks(_nan_training, 2, 2, config, True):
         assert "not finite in 3 steps in a row, last for slides ['s0" in message
         assert unchanged
@@ -66,7 +66,7 @@ def test_three_losses_in_a_row_that_are_not_finite_stop_all_ranks_with_unchanged
 
 
 def test_one_loss_that_is_not_finite_is_skipped_by_all_ranks_and_training_goes_on(tmp_path: Path) -> None:
-    config = tiny_run(tmp_path, execution={"ranks": 2}, science={"loss": "broken"})
+    config = tiny_run(tmp_path, execution={"ranks": 2}, science={"task": {"loss": "broken"}})
     for message, unchanged in run_on_ranks(_nan_training, 2, 2, config, False):
         assert message == ""
         assert not unchanged
@@ -101,7 +101,7 @@ def test_a_gradient_that_is_not_finite_changes_no_weight_at_any_stage(tmp_path: 
         tiny_run(
             tmp_path,
             execution={"ranks": 2, "zero_stage": stage},
-            science={"loss": "finite_loss_infinite_gradient"},
+            science={"task": {"loss": "finite_loss_infinite_gradient"}},
             bookkeeping={"out": tmp_path / f"stage{stage}"},
         )
         for stage in range(4)
