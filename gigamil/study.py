@@ -4,6 +4,7 @@ What is finished is not done again, so the same command goes on where it stopped
 """
 
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,10 @@ from typing import Any
 from gigamil.config.load import absolute_paths
 from gigamil.config.schema import RunConfig
 from gigamil.data.features import features_folder
+from gigamil.data.folds import make_folds
 from gigamil.data.split_import import count_folds
+from gigamil.data.targets import load_target_table
+from gigamil.data.tile import refuse_failures, tile_cohort
 from gigamil.errors import BagError, CheckpointError, CohortError, ConfigError, TrainingError
 from gigamil.evaluate.heatmap import FOLDER as HEATMAPS
 from gigamil.evaluate.pooled import STUDY_FILE, Member, read_study, write_study
@@ -35,7 +39,7 @@ def run_study(
     """Train and evaluate each fold with each seed, and write the report of the study.
 
     The study is in `<out>/study`, its runs in `fold<k>_seed<s>` there, as launch/slurm/folds.sbatch has them; they share
-    `<out>/shards` and `<out>/features`, also with a single run. In MLflow they are children of one run, in a store of the study
+    `<out>/shards` with a single run, and `<out>/features` too unless the encoder's weights are random, which differ by seed. In MLflow they are children of one run, in a store of the study
     unless MLFLOW_TRACKING_URI names another. A run that fails for its data or in training is named in the report, and the others
     go on.
 
@@ -49,7 +53,7 @@ def run_study(
         The pooled headline metric, its interval, how many runs are finished and failed, and where the report is.
     Raises:
         ConfigError: no such fold, or no such number of seeds; or the configuration fits no run.
-        CohortError: there are fewer patients than folds.
+        CohortError: there are fewer patients than folds, or the slide table cannot be used.
         TrainingError: no run could be finished.
         Interrupted: a signal; the same command goes on.
     Cost: folds x seeds runs, one after the other.
@@ -59,6 +63,8 @@ def run_study(
     numbers = _chosen_folds(config, folds)
     if seeds < 1:
         raise ConfigError(f"--seeds {seeds}: it must be 1 or more")
+    if not report_only:
+        _prepare(config)
     out = study_folder(config)
     out.mkdir(parents=True, exist_ok=True)
     members = _members(out, numbers, seeds)
@@ -79,18 +85,23 @@ def study_folder(config: RunConfig) -> Path:
     return config.bookkeeping.out / "study"
 
 
+def _prepare(config: RunConfig) -> None:
+    """Tile, and say what would be wrong in every run once, before the first."""
+    table = load_target_table(config.cohort, config.science)
+    if config.cohort.splits is None:
+        make_folds(table, config.cohort)
+    if config.data.source != "features" or config.data.features is None:
+        refuse_failures(tile_cohort(config, progress=config.bookkeeping.progress), config.slides.max_failed)
+
+
 def member_config(config: RunConfig, member: Member) -> RunConfig:
     """The configuration of one run of a study."""
     book, science = config.bookkeeping, config.science
     changes = {"out": study_folder(config) / member.folder, "shards": book.shard_root, "name": member.folder}
-    data = config.data
-    if data.source == "features":
-        data = data.model_copy(update={"features": data.features or features_folder(config)})
     return config.model_copy(
         update={
             "cohort": config.cohort.model_copy(update={"fold": member.fold}),
             "science": science.model_copy(update={"seed": science.seed + member.seed}),
-            "data": data,
             "bookkeeping": book.model_copy(update=changes),
         }
     )
@@ -123,12 +134,26 @@ def _members(out: Path, folds: Sequence[int], seeds: int) -> list[Member]:
 
 
 def _run_member(config: RunConfig, member: Member, plugins: Sequence[str]) -> Member:
+    own = member_config(config, member)
+    _share_features(config, own.bookkeeping.out)
     try:
-        run_pipeline(member_config(config, member), plugins=plugins)
+        run_pipeline(own, plugins=plugins)
     except (BagError, CheckpointError, CohortError, TrainingError) as error:
         _log.error("fold %d, seed %d failed, the others go on: %s", member.fold, member.seed, error)
         return replace(member, error=str(error))
     return replace(member, error=None)
+
+
+def _share_features(config: RunConfig, run: Path) -> None:
+    """Features that are the same for all seeds are made once, in `<out>/features`; each run has a link to them there."""
+    science, link = config.science, run / "features"
+    same = science.encoder.weights is not None or science.warm_start is not None
+    if config.data.source != "features" or config.data.features is not None or not same or link.exists():
+        return
+    shared = features_folder(config)
+    shared.mkdir(parents=True, exist_ok=True)
+    run.mkdir(parents=True, exist_ok=True)
+    link.symlink_to(os.path.relpath(shared, run), target_is_directory=True)
 
 
 def _report(config: RunConfig, out: Path) -> dict[str, Any]:

@@ -185,6 +185,9 @@ def _problems(task: Task, row: SlideRow, *, needed: bool) -> Iterator[str]:
 
 def _survival_problem(numbers: Sequence[float], columns: Sequence[str]) -> str | None:
     time, event = numbers
+    empty = [name for name, value in zip(columns, numbers, strict=True) if math.isnan(value)]
+    if empty:
+        return f"{' and '.join(empty)} is empty; survival needs both"
     if not 0 < time < math.inf:
         return f"{columns[0]} {time:g} must be a number above 0"
     return None if event in (0.0, 1.0) else f"{columns[1]} {event:g} must be 1 (it came) or 0 (censored)"

@@ -7,11 +7,14 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
+from safetensors.torch import save_file
 
 from gigamil import study
 from gigamil.config.schema import RunConfig
+from gigamil.data.tile import tile_cohort
 from gigamil.errors import CohortError, ConfigError, TrainingError
 from gigamil.evaluate.comparison import compare_runs
+from gigamil.models.encoder import build_encoder
 from gigamil.study import run_study, study_folder
 from gigamil.testing.runs import tiny_run
 
@@ -29,8 +32,9 @@ def study_config(folder: Path, **cohort: Any) -> RunConfig:
 @pytest.fixture(autouse=True)
 def _no_slide_files(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tiny cohort has shards and no slide files: there is nothing to tile, and nothing to draw heatmaps on."""
-    monkeypatch.setattr("gigamil.pipeline.tile_cohort", lambda config, progress: None)
-    monkeypatch.setattr("gigamil.pipeline.refuse_failures", lambda report, most: None)
+    for module in ("pipeline", "study"):
+        monkeypatch.setattr(f"gigamil.{module}.tile_cohort", lambda config, progress: None)
+        monkeypatch.setattr(f"gigamil.{module}.refuse_failures", lambda report, most: None)
 
 
 @pytest.mark.timeout(600)
@@ -107,5 +111,35 @@ def test_wrong_folds_and_seeds_are_refused_before_anything_runs(tmp_path: Path) 
 def test_more_folds_than_patients(tmp_path: Path) -> None:
     config = study_config(tmp_path, columns={"split": "no_such_column"})
     many = config.model_copy(update={"cohort": config.cohort.model_copy(update={"folds": 20})})
-    with pytest.raises((CohortError, TrainingError), match="20 folds"):
+    with pytest.raises(CohortError, match="20 folds"):
         run_study(many)
+    assert not study_folder(many).exists()
+
+
+def test_without_slide_files_no_run_is_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study, "tile_cohort", tile_cohort)
+    config = study_config(tmp_path, columns={"split": "no_such_column"})
+    book = config.bookkeeping.model_copy(update={"shards": tmp_path / "no_shards"})
+    config = config.model_copy(update={"bookkeeping": book})
+    with pytest.raises(CohortError, match="none of the 12 slide paths exists"):
+        run_study(config)
+    assert not study_folder(config).exists()
+
+
+@pytest.mark.timeout(600)
+def test_features_are_made_once_unless_the_seed_makes_others(tmp_path: Path) -> None:
+    config = study_config(tmp_path, columns={"split": "no_such_column"})
+    encoder = build_encoder(config.science.encoder)
+    save_file(encoder.backbone.state_dict(), tmp_path / "weights.safetensors")
+    part = config.science.encoder.model_copy(update={"weights": tmp_path / "weights.safetensors"})
+    data = config.data.model_copy(update={"source": "features"})
+    for name, weights, folders in (("given", part, 1), ("random", config.science.encoder, 2)):
+        book = config.bookkeeping.model_copy(update={"out": tmp_path / name, "mlflow": False})
+        science = config.science.model_copy(update={"encoder": weights})
+        result = run_study(
+            config.model_copy(update={"bookkeeping": book, "science": science, "data": data}), folds=[0], seeds=2
+        )
+        assert result["runs"] == 2
+        found = [tmp_path / name / "study" / f"fold0_seed{seed}" / "features" for seed in range(2)]
+        assert len({folder.resolve() for folder in found}) == folders
+        assert all(len(list(folder.glob("*.h5"))) == 12 for folder in found)
