@@ -190,6 +190,9 @@ class Task(Section):
     columns: tuple[str, ...] | None = Field(
         None, description="of the slide table; default: cohort.columns.label of classes, time and event of survival"
     )
+    classes: tuple[str, ...] | None = Field(
+        None, description="of a class task in also, in order; default: numbers by size, words by the alphabet"
+    )
     loss: str | None = Field(
         None, description="cross_entropy or a registered name; regression: huber, mae, mse; survival: discrete, cox"
     )

@@ -36,16 +36,22 @@ def load_target_table(cohort: Cohort, science: Science, *, need_files: bool = Fa
         ConfigError: columns are not named, or the table lacks them, or a binary task has another number of classes.
     """
     task = science.task
+    if task.classes is not None:
+        raise ConfigError("science.task.classes is of tasks in science.also; set cohort.classes")
     if has_classes(task):
         table = load_cohort(_labelled_by(cohort, task), need_files=need_files)
         _refuse_not_binary(task, table.classes, cohort)
+        _refuse_unordered(task, table.classes, cohort.classes is not None, "cohort.classes")
     else:
         table = load_cohort(cohort, need_labels=False, need_files=need_files)
     problems: list[str] = []
     for one in science.also if has_classes(task) else (task, *science.also):
         _refuse_lacking(one, table, cohort)
         if has_classes(one):
-            _refuse_not_binary(one, column_classes(one, table), cohort)
+            classes = column_classes(one, table)
+            _refuse_not_binary(one, classes, cohort)
+            _refuse_unordered(one, classes, one.classes is not None, "its classes")
+            problems += _class_problems(one, classes, table)
         else:
             problems += [p for row in table.rows for p in _problems(one, row, needed=one is task)]
     if problems:
@@ -88,8 +94,10 @@ def target_columns(task: Task) -> tuple[str, ...]:
 
 
 def column_classes(task: Task, table: CohortTable) -> tuple[str, ...]:
-    """Classes of a further task: what its column holds, numbers by size and words by the alphabet."""
+    """Classes of a further task: as configured, or what its column holds, numbers by size and words by the alphabet."""
     (column,) = _one_column(task)
+    if task.classes is not None:
+        return task.classes
     return tuple(sorted({row.cells[column] for row in table.rows if row.cells[column]}, key=natural_key))
 
 
@@ -143,6 +151,30 @@ def _refuse_not_binary(task: Task, classes: Sequence[str], cohort: Cohort) -> No
             f"science.task.name=binary, and '{cohort.table}' has the classes {', '.join(classes)}. Set it to multiclass, or name "
             "two in cohort.classes."
         )
+
+
+def _refuse_unordered(task: Task, classes: Sequence[str], is_given: bool, key: str) -> None:
+    """Words have no order of their own; that of the alphabet would be learned without a word."""
+    if task.name == "ordinal" and not is_given and not all(map(_is_number, classes)):
+        raise ConfigError(
+            f"an ordinal task needs the order of {', '.join(classes)}: set {key} to them, from the lowest to the highest"
+        )
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
+def _class_problems(task: Task, classes: Sequence[str], table: CohortTable) -> Iterator[str]:
+    (column,) = _one_column(task)
+    if len(classes) < 2:
+        yield f"column '{column}' of a {task.name} task holds {', '.join(classes) or 'nothing'}: two classes are needed"
+    for row in table.rows:
+        if row.cells[column] and row.cells[column] not in classes:
+            yield f"slide '{row.slide_id}': {column} {row.cells[column]!r} is not in its classes ({', '.join(classes)})"
 
 
 def _refuse_lacking(task: Task, table: CohortTable, cohort: Cohort) -> None:
@@ -214,5 +246,8 @@ def _strata(task: Task, table: CohortTable, columns: Sequence[str]) -> list[str]
         return [_STRATA["survival"][int(event)] for _, event in numbers]
     if task.name == "multilabel":
         return ["all"] * len(numbers)
-    middle = statistics.median(first for first, *_ in numbers if not math.isnan(first))
+    known = [first for first, *_ in numbers if not math.isnan(first)]
+    if not known:
+        raise ConfigError(f"column '{columns[0]}' is empty in all rows, so nothing can be learned of it")
+    middle = statistics.median(known)
     return ["high" if first > middle else "low" for first, *_ in numbers]  # who is not known is with the low ones

@@ -140,6 +140,7 @@ def predict_slides(
         num_keep=0,
         keys=DrawKeys(0, names),  # never drawn from: prediction has no dropout and no augmentation
         cache_bytes=share(device=device),
+        num_shown=task.num_shown,
     )
     plans = plan_steps(range(len(names)), sizes, 1, topology.num_groups, topology.group_size)
     held_bytes = share(device=torch.device("cpu"))

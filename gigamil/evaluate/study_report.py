@@ -174,7 +174,8 @@ def _draw(folder: Path, pooled: Pooled, evaluation: StudyEvaluation) -> None:
     elif isinstance(task, Regression):
         draw_scatter(pooled.target_NX, value_NP, task.names, folder / "scatter.png")
     elif isinstance(task, Cox | DiscreteSurvival):
-        time_N, event_N = pooled.target_NX.T
+        patients = pooled.by_patient() or pooled
+        (time_N, event_N), value_NP = patients.target_NX.T, patients.value_SNP.mean(axis=0)
         p = log_rank(time_N, event_N, risk_groups(value_NP[:, 0]))
         draw_survival(time_N, event_N, value_NP[:, 0], None if isinstance(p, str) else p, folder / "survival.png")
 

@@ -32,6 +32,7 @@ from gigamil.tasks.ordinal import Ordinal
 from gigamil.tasks.regression import Regression
 from gigamil.tasks.several import Several
 from gigamil.tasks.store import load_task
+from gigamil.tasks.survival import Cox, DiscreteSurvival
 from gigamil.tasks.task import Task
 
 EVALUATION_FILE = "evaluation.json"
@@ -44,7 +45,7 @@ class Evaluation(TypedDict):
 
     `unit` is what is scored: slides, or patients where all slides of one are a bag (`science.bag`). `patients` has the scores of the
     mean over slides, of splits in which a patient has several. `threshold` is the probability from which on a slide is called positive, chosen on validation (binary tasks); `p_log_rank`
-    compares slides of higher and lower risk, by the median of the headline split (survival); `figures` are files and captions.
+    compares patients of higher and lower risk, by the median of the headline split (survival); `figures` are files and captions.
     """
 
     headline_split: str
@@ -144,7 +145,7 @@ def _evaluate(
         num_bootstrap=num_bootstrap,
         seed=seed,
         threshold=threshold,
-        p_log_rank=_p_log_rank(scored[split]),
+        p_log_rank=_p_log_rank(task, means[split] or scored[split]),
         splits=found,
         patients=patients,
         slides_per_class={
@@ -158,23 +159,21 @@ def _evaluate(
 
 
 def _threshold(task: Task, scored: "dict[str, Predictions | Values]") -> float | None:
-    """Chosen on validation, for a binary task that has other slides to use it on."""
-    val = scored.get("val")
-    if (
-        not isinstance(task, Multiclass)
-        or len(task.classes) != 2
-        or not isinstance(val, Predictions)
-        or len(scored) < 2
-    ):
+    """Chosen on validation, for a binary task (the first of several) that has other slides to use it on."""
+    val, first = scored.get("val"), task.tasks[0] if isinstance(task, Several) else task
+    if not isinstance(first, Multiclass) or len(first.classes) != 2 or val is None or len(scored) < 2:
         return None
-    return best_threshold(val.label_numbers, val.probs_NK[:, 1])
+    target_NX, value_NP = targets_and_values(val)
+    known_N = np.isfinite(target_NX[:, 0])
+    return best_threshold(target_NX[known_N, 0].astype(np.int64), value_NP[known_N, 1])
 
 
-def _p_log_rank(part: Predictions | Values) -> float | None:
-    if not isinstance(part, Values) or part.target_names != ("time", "event"):
+def _p_log_rank(task: Task, part: Predictions | Values) -> float | None:
+    if not isinstance(task, Cox | DiscreteSurvival):
         return None
-    time_N, event_N = part.target_NX.T
-    p = log_rank(time_N, event_N, risk_groups(part.value_NP[:, 0]))
+    target_NX, value_NP = targets_and_values(part)
+    time_N, event_N = target_NX.T
+    p = log_rank(time_N, event_N, risk_groups(value_NP[:, 0]))
     return None if isinstance(p, str) else p
 
 
@@ -195,16 +194,19 @@ def _draw(run: Path, predictions: Predictions | Values, task: Task, evaluation: 
     if evaluation["unit"] == "patient":
         scored = by_patient(scored) or scored
     found: dict[str, str] = {}
-    if isinstance(task, Several) and isinstance(scored, Values):
-        for part in task.parts():
-            target_NX, value_NP = scored.target_NX[:, part.targets], scored.value_NP[:, part.values]
+    metrics = evaluation["splits"][split]["metrics"]
+    if isinstance(task, Several):
+        for number, part in enumerate(task.parts()):
+            target_NX, value_NP = targets_and_values(_rows_of(part.task, scored))
+            target_NX, value_NP = target_NX[:, part.targets], value_NP[:, part.values]
             known_N = np.isfinite(target_NX).any(axis=1)
             if known_N.any():
                 prefix = folder / "".join(c if c.isalnum() else "_" for c in part.name)
-                drawn = _draw_task(part.task, target_NX[known_N], value_NP[known_N], evaluation, f"{prefix}_")
+                area = metrics.get(f"{part.name}_auc" if number else "auc")
+                drawn = _draw_task(part.task, target_NX[known_N], value_NP[known_N], area, f"{prefix}_")
                 found |= {Path(name).name: f"{part.name}: {caption}" for name, caption in drawn.items()}
     else:
-        drawn = _draw_task(task, *targets_and_values(scored), evaluation, f"{folder}/")
+        drawn = _draw_task(task, *targets_and_values(_rows_of(task, scored)), metrics.get("auc"), f"{folder}/")
         found = {Path(name).name: caption for name, caption in drawn.items()}
     found = {name: f"{caption}, {split} split" for name, caption in found.items()}
     if (run / HISTORY_FILE).is_file():
@@ -213,16 +215,21 @@ def _draw(run: Path, predictions: Predictions | Values, task: Task, evaluation: 
     return found
 
 
-def _draw_task(task: Task, target_NX: Floats, value_NP: Floats, evaluation: Evaluation, prefix: str) -> dict[str, str]:
-    """Draw what a task has to show into files that begin with `prefix`; captions by file."""
+def _rows_of(task: Task, part: Predictions | Values) -> Predictions | Values:
+    """What is drawn: slides; of survival patients, whose slides do not die one by one."""
+    return (by_patient(part) or part) if isinstance(task, Cox | DiscreteSurvival) else part
+
+
+def _draw_task(task: Task, target_NX: Floats, value_NP: Floats, area: Estimate | None, prefix: str) -> dict[str, str]:
+    """Draw what a task has to show into files that begin with `prefix`; captions by file.
+
+    Args:
+        area: the AUC of classes.
+    """
     if isinstance(task, Multiclass | Ordinal):
-        labels_N, measure = target_NX[:, 0].astype(np.int64), measure_of(task, target_NX, value_NP)
-        auc = measure(np.arange(len(labels_N)))["auc"]
-        estimate = evaluation["splits"][evaluation["headline_split"]]["metrics"]["auc"]
-        if estimate["value"] != auc:  # of another task of the run
-            value = None if isinstance(auc, str) else auc
-            estimate = Estimate(value=value, ci=None, num_usable=0)
-        draw_roc(labels_N, value_NP, task.classes, estimate, Path(f"{prefix}{ROC}"))
+        assert area is not None, "classes have an AUC"
+        labels_N = target_NX[:, 0].astype(np.int64)
+        draw_roc(labels_N, value_NP, task.classes, area, Path(f"{prefix}{ROC}"))
         draw_confusion(labels_N, value_NP.argmax(axis=1), task.classes, Path(f"{prefix}{CONFUSION}"))
         draw_reliability(labels_N, value_NP, task.classes, Path(f"{prefix}calibration.png"))
         return {

@@ -59,34 +59,38 @@ def class_values(
 
     The prediction of a slide is its most probable class (the first of equals). Binary: AUC, average precision, F1 and
     calibration are those of the last class. More classes: means of one-versus-rest, and calibration of the predicted class.
+    Where a class has no slide, what is a mean over classes is not defined; Brier score, calibration and kappa are.
 
     Args:
         labels_N, probs_NK: checked (`checked_classes`).
         is_ordered: classes have an order; adds `kappa`.
         threshold: of a binary task: adds `f1_at_threshold`, where a slide is positive from this probability on.
     """
-    missing = _empty_classes(labels_N, probs_NK.shape[1])
-    reason = f"no slide of class number {', '.join(map(str, missing))}"
-    names = ["auc", "auprc", "balanced_accuracy", "f1", *(["kappa"] if is_ordered else [])]
-    names += [] if threshold is None else ["f1_at_threshold"]
-    if missing:
-        return dict.fromkeys([*names, "brier", "ece"], reason)
     from sklearn.metrics import balanced_accuracy_score, cohen_kappa_score, f1_score  # here: a second to import
 
-    predicted_N, classes = probs_NK.argmax(axis=1), _reported_classes(probs_NK.shape[1])
-    values: dict[str, Value] = {
-        "auc": _mean_over_classes("roc_auc_score", labels_N, probs_NK),
-        "auprc": _mean_over_classes("average_precision_score", labels_N, probs_NK),
-        "balanced_accuracy": float(balanced_accuracy_score(labels_N, predicted_N)),
-        "f1": float(f1_score(labels_N, predicted_N, labels=classes, average="macro", zero_division=0.0)),
-        "brier": brier_score(labels_N, probs_NK),
-        "ece": calibration(labels_N, probs_NK).error,
-    }
+    num_classes = probs_NK.shape[1]
+    missing, predicted_N = _empty_classes(labels_N, num_classes), probs_NK.argmax(axis=1)
+    names = ["auc", "auprc", "balanced_accuracy", "f1", *(["f1_at_threshold"] if threshold is not None else [])]
+    values: dict[str, Value] = {}
+    if missing:
+        values |= dict.fromkeys(names, f"no slide of class number {', '.join(map(str, missing))}")
+    else:
+        classes = _reported_classes(num_classes)
+        values["auc"] = _mean_over_classes("roc_auc_score", labels_N, probs_NK)
+        values["auprc"] = _mean_over_classes("average_precision_score", labels_N, probs_NK)
+        values["balanced_accuracy"] = float(balanced_accuracy_score(labels_N, predicted_N))
+        values["f1"] = float(f1_score(labels_N, predicted_N, labels=classes, average="macro", zero_division=0.0))
+        if threshold is not None:
+            values["f1_at_threshold"] = float(f1_score(labels_N, probs_NK[:, 1] >= threshold, zero_division=0.0))
+    if not len(labels_N):
+        return values | dict.fromkeys(["brier", "ece", *(["kappa"] if is_ordered else [])], "no slide")
+    values |= {"brier": brier_score(labels_N, probs_NK), "ece": calibration(labels_N, probs_NK).error}
     if is_ordered:
-        kappa = cohen_kappa_score(labels_N, predicted_N, labels=np.arange(probs_NK.shape[1]), weights="quadratic")
-        values["kappa"] = float(kappa) if np.isfinite(kappa) else "all slides are of one class, and predicted so"
-    if threshold is not None:
-        values["f1_at_threshold"] = float(f1_score(labels_N, probs_NK[:, 1] >= threshold, zero_division=0.0))
+        if len(np.union1d(labels_N, predicted_N)) < 2:
+            values["kappa"] = "all slides are of one class, and predicted so"
+        else:
+            kappa = cohen_kappa_score(labels_N, predicted_N, labels=np.arange(num_classes), weights="quadratic")
+            values["kappa"] = float(kappa)
     return values
 
 

@@ -16,7 +16,7 @@ class Delong(NamedTuple):
     auc_a: float
     auc_b: float
     standard_error: float
-    p: float
+    p: float | None
 
 
 def delong(labels_N: Ints, score_a_N: Floats, score_b_N: Floats) -> Delong:
@@ -27,6 +27,8 @@ def delong(labels_N: Ints, score_a_N: Floats, score_b_N: Floats) -> Delong:
     Args:
         labels_N: 1 of positive slides, 0 of the others; two of each at least.
         score_a_N, score_b_N: more means positive.
+    Returns:
+        `p` is None where the AUCs differ and their difference has no variance, of a few slides: it would be 0 for any number of them.
     Raises:
         ValueError: less than two slides of a class.
     Cost: sorting.
@@ -51,6 +53,6 @@ def delong(labels_N: Ints, score_a_N: Floats, score_b_N: Floats) -> Delong:
     variance = float(covariance_22[0, 0] + covariance_22[1, 1] - 2 * covariance_22[0, 1])
     error = float(np.sqrt(max(0.0, variance)))
     gap = areas[0] - areas[1]
-    if error < 1e-12:  # both order all slides alike, or one is always ahead
-        return Delong(areas[0], areas[1], 0.0, 1.0 if abs(gap) < 1e-12 else 0.0)
+    if error < 1e-12:  # both order all slides alike; or one is right of all and the other does not tell any apart
+        return Delong(areas[0], areas[1], 0.0, 1.0 if abs(gap) < 1e-12 else None)
     return Delong(areas[0], areas[1], error, float(2 * norm.sf(abs(gap) / error)))

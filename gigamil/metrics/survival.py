@@ -67,8 +67,9 @@ def integrated_brier(time_N: Floats, event_N: Floats, survival_NT: Floats, edge_
     """Mean squared distance between predicted and true survival, weighted for censoring, as a mean over time.
 
     At each time slides that had the event before count by 1 / G of their event's time, those that are still there by 1 / G of
-    that time, with G Kaplan and Meier's share that is not censored yet; those censored before do not count. The integral is by
-    trapezoids between the first and the last edge that lies within the times of the slides.
+    that time, with G Kaplan and Meier's share that is not censored yet; those censored before do not count. G at a time counts who
+    is censored at that very time as gone, as scikit-survival does. The integral is by trapezoids between the first and the last
+    edge that lies within the times of the slides.
 
     Args:
         survival_NT: probability of survival beyond each edge.
@@ -93,9 +94,7 @@ def integrated_brier(time_N: Floats, event_N: Floats, survival_NT: Floats, edge_
     for column, edge in enumerate(edge_T):
         died_N = (time_N <= edge) & (event_N == 1)
         lives_N = time_N > edge
-        at_edge = float(uncensored(np.array([edge]))[0])
-        if at_edge == 0 or (died_N & (left_N == 0)).any():
-            return "everybody is censored before the last edge"
+        at_edge = float(uncensored(np.array([edge]))[0])  # above 0: an edge lies before the last time
         weight_N = died_N / np.where(died_N, left_N, 1.0) + lives_N / at_edge
         scores.append(float((weight_N * np.square(lives_N - survival_NT[:, column])).mean()))
     if len(scores) == 1:
@@ -131,7 +130,10 @@ def log_rank(time_N: Floats, event_N: Floats, is_high_N: Ints) -> Value:
     from scipy.stats import CensoredData, logrank
 
     first, second = (CensoredData.right_censored(times, events == 0) for times, events in groups)
-    return float(logrank(first, second).pvalue)
+    with warnings.catch_warnings():  # 0 / 0 where at each event slides of one group only are left
+        warnings.simplefilter("ignore", RuntimeWarning)
+        p = float(logrank(first, second).pvalue)
+    return p if np.isfinite(p) else "at no event are slides of both groups left"
 
 
 def _share_at(curve: Curve, time_N: Floats) -> Floats:

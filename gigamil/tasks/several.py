@@ -36,7 +36,7 @@ class Several(Task):
 
     Args:
         names: of the tasks, all different; in front of what they predict.
-        tasks: the first chooses the best epoch, and its classes are those that an aggregator with a loss of its own learns.
+        tasks: the first chooses the best epoch.
         shares: weights of their losses, above 0.
     """
 
@@ -53,6 +53,11 @@ class Several(Task):
     def num_outputs(self) -> int:
         """Of all of them."""
         return sum(task.num_outputs for task in self.tasks)
+
+    @property
+    def num_shown(self) -> int:
+        """Of the first."""
+        return self.tasks[0].num_shown
 
     @property
     def num_targets(self) -> int:

@@ -128,10 +128,10 @@ class Cox(Task):
 
 
 def quantile_edges(times: Sequence[float], events: Sequence[float], num_bins: int) -> tuple[float, ...]:
-    """Ends of bins with equally many events of the training slides each; the last bin has no end.
+    """Ends of bins with as equally many events of the training slides each as ties allow; the last bin has no end.
 
     Raises:
-        CohortError: there are fewer different times of events than bins.
+        CohortError: there are fewer different times of events than bins, or a bin would have no event.
     """
     event_times = torch.tensor(
         [time for time, event in zip(times, events, strict=True) if event == 1], dtype=torch.float64
@@ -143,10 +143,11 @@ def quantile_edges(times: Sequence[float], events: Sequence[float], num_bins: in
         )
     shares = torch.arange(1, num_bins, dtype=torch.float64) / num_bins
     edges = torch.quantile(event_times, shares).tolist()
-    if len(set(edges)) < len(edges):
+    counts = torch.bincount(torch.bucketize(event_times, torch.tensor(edges, dtype=torch.float64)), minlength=num_bins)
+    if not counts.all():
         raise CohortError(
-            f"{num_bins} bins of the training slides' times would not all differ: too many events at one time. Set science.task.bins "
-            "to fewer."
+            f"{num_bins} bins of the training slides' times would have {counts.tolist()} events: too many are at one time. Set "
+            "science.task.bins to fewer."
         )
     return tuple(edges)
 

@@ -29,6 +29,11 @@ class Task(ABC):
         """K."""
 
     @property
+    def num_shown(self) -> int:
+        """Of the outputs those, from the first on, of which the largest says whose attention is shown where each has its own."""
+        return self.num_outputs
+
+    @property
     def num_targets(self) -> int:
         """X."""
         return 1

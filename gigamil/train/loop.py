@@ -305,6 +305,7 @@ class Trainer:
             alone=alone,
             couples=self._task.couples_slides,
             class_of=self._task.class_numbers,
+            num_shown=self._task.num_shown,
         )
 
     def _make_train_step(self, chunk: int, num_keep: int) -> ExactStep | TaughtStep:

@@ -162,6 +162,7 @@ class ExactStep:
         alone: entered around the work that a rank does without the others (but for `SlideRows`), to measure it.
         couples: the loss of a slide depends on the logits of others of its step: they are gathered over all groups.
         class_of: targets -> classes, for aggregators with a loss of their own; None of targets that have none.
+        num_shown: logits of which the largest says whose attention is shown, see `Task.num_shown`; None: all.
     Cost: with kept fraction f of the chunks, (4 - f) encoder forwards per tile; the head runs once. The aggregator's
         reductions (docs/aggregators.md), one of S numbers, and the engine's gradient reduction. On a GPU the first wait
         for it is for the norm, after the last backward.
@@ -184,7 +185,9 @@ class ExactStep:
         alone: Callable[[], AbstractContextManager[None]] = nullcontext,
         couples: bool = False,
         class_of: Callable[[Tensor], Tensor | None] = lambda label_B: label_B,
+        num_shown: int | None = None,
     ) -> None:
+        self._num_shown = num_shown
         self._turn = turn
         self._alone = alone
         self._couples = couples
@@ -304,12 +307,12 @@ class ExactStep:
             calls = self._calls(plan, tiles, None)
             try:
                 with calls:
-                    return self._evaluate(calls)
+                    return self._evaluate(calls, tiles)
             except OutOfMemory as error:
                 tried = error.tried
             self._halve(tried)
 
-    def _evaluate(self, calls: "_Calls") -> tuple[Tensor, Tensor]:
+    def _evaluate(self, calls: "_Calls", tiles: StepTiles) -> tuple[Tensor, Tensor]:
         plan, mine = calls.plan, list(calls.plan.groups[self._ranks.topology.group])
         with self.engine.gathered():
             forward = self._forward(calls, None, is_training=False, keep=False)
@@ -322,7 +325,8 @@ class ExactStep:
         if bad_tile is not None:
             slide_id = self._keys.slide_ids[plan.slides[bad_tile[0]]]
             raise TrainingError(f"slide '{slide_id}': the embedding of tile {bad_tile[1]} is not finite")
-        return logits_SK, attention_of(forward.bag, forward.pooled, forward.logits_BK)
+        shown = attention_of(forward.bag, forward.pooled, forward.logits_BK[:, : self._num_shown])
+        return logits_SK, shown[: tiles.num_tiles]  # a group without a slide computes a blank one
 
     def _losses(self, forward: _Pass, target_S: Tensor, mine: list[int]) -> tuple[Tensor, list[int]]:
         """Losses, and the positions of their slides in the step: the group's, or all of them if they depend on each other.
@@ -772,7 +776,7 @@ def refuse_no_memory(tried: int) -> None:
 
 
 def attention_of(bag: Bag, pooled: Pooled, logits_BK: Tensor) -> Tensor:
-    """Attention (n, A) that sums to 1 over a slide, from what the aggregator gave."""
+    """Attention (n, A) that sums to 1 over a slide, from what the aggregator gave; of those of each logit that of the largest."""
     weight_nA = pooled.attention_nA
     if weight_nA is None:
         assert pooled.score_nA is not None, "an aggregator gives attention or scores"

@@ -9,7 +9,7 @@ from torch import Tensor
 from gigamil.config.schema import RunConfig, Science
 from gigamil.config.schema import Task as TaskSettings
 from gigamil.data.targets import column_classes, has_classes, target_columns
-from gigamil.errors import ConfigError
+from gigamil.errors import CohortError, ConfigError
 from gigamil.metrics.task import chosen_by, measure_of, metric_names
 from gigamil.models.slide_model import SlideModel
 from gigamil.tasks.classification import Multiclass, Multilabel, balanced_weights
@@ -35,7 +35,7 @@ def make_task(science: Science, classes: Sequence[Sequence[str]], target_TX: Ten
     Raises:
         ConfigError: a loss that the task does not have, another number of class weights than of classes, settings that another
             task has, or two tasks of one column.
-        CohortError: bins of time cannot be made.
+        CohortError: bins of time cannot be made; of no training slide a class is known, or all are censored.
     """
     settings = (science.task, *science.also)
     if not science.also:
@@ -58,6 +58,10 @@ def _make_one(settings: TaskSettings, weights: Weights, classes: Sequence[str], 
     _refuse_foreign(settings, weights)
     if has_classes(settings):
         known_T = target_TX[torch.isfinite(target_TX[:, 0]), 0]
+        if not len(known_T):
+            raise CohortError(
+                f"{_called(settings)}: the class of no training slide is known, so nothing can be learned"
+            )
         class_weights = _class_weights(weights, [int(number) for number in known_T.tolist()], len(classes))
         if settings.name == "ordinal":
             return Ordinal(tuple(classes), class_weights)
@@ -68,10 +72,16 @@ def _make_one(settings: TaskSettings, weights: Weights, classes: Sequence[str], 
         return Multilabel(columns, _positive_weights(weights, target_TX), settings.focal_gamma)
     if settings.name == "regression":
         return _regression(settings, columns, target_TX)
+    times, events = target_TX.T.tolist()
+    if 1 not in events:
+        raise CohortError(f"{_called(settings)}: all training slides are censored, so nothing can be learned")
     if settings.loss == "cox":
         return Cox()
-    times, events = target_TX.T.tolist()
     return DiscreteSurvival(quantile_edges(times, events, settings.bins))
+
+
+def _called(settings: TaskSettings) -> str:
+    return f"task {settings.name}" + (f" ({', '.join(settings.columns)})" if settings.columns else "")
 
 
 def task_of_run(config: RunConfig, data: TrainingData) -> Task:
@@ -95,16 +105,21 @@ def chosen_metric(science: Science, task: Task) -> str:
 
 
 def refuse_classless(model: SlideModel, task: Task) -> None:
-    """Refuse an aggregator that learns from the class of a slide for a task without an output per class.
+    """Refuse an aggregator that learns from the class of a slide, or has two classes built in, for another task.
 
     Raises:
         ConfigError: names both.
     """
-    first = task.tasks[0] if isinstance(task, Several) else task
-    if getattr(model.aggregator, "needs_classes", False) and not isinstance(first, Multiclass):
+    if getattr(model.aggregator, "needs_classes", False) and not isinstance(task, Multiclass):
         raise ConfigError(
-            f"{type(model.aggregator).__name__} learns from the class of a slide, and {type(task).__name__} has no output per class. "
-            "Choose another science.aggregator, or science.task.name: multiclass."
+            f"{type(model.aggregator).__name__} learns from the class of a slide, and {type(task).__name__} has not an output per class "
+            "and no others. Choose another science.aggregator, or science.task.name: multiclass without science.also."
+        )
+    has_two = isinstance(task, Multiclass) and len(task.classes) == 2
+    if getattr(model.aggregator, "one_sided", False) and not has_two:
+        raise ConfigError(
+            f"science.aggregator.options.one_sided is for two classes, and this is {type(task).__name__} with {task.num_outputs} outputs: "
+            "set it to false"
         )
 
 

@@ -69,7 +69,7 @@ def test_numbers_are_stratified_by_their_median(tmp_path: Path) -> None:
     ("task", "changes", "message"),
     [
         (Task(name="survival"), {5: "-3"}, r"'s1': time -3 must be a number above 0"),
-        (Task(name="survival"), {5: ""}, r"'s1': time nan must be a number above 0"),
+        (Task(name="survival"), {5: ""}, r"'s1': time is empty; survival needs both"),
         (Task(name="survival"), {5: "soon"}, r"'s1': time 'soon' is no number; leave the cell empty"),
         (Task(name="survival"), {6: "2"}, r"'s1': event 2 must be 1 \(it came\) or 0 \(censored\)"),
         (Task(name="multilabel", columns=("x", "y")), {8: "0.5"}, r"'s1': y must be 1 .*, 0 .* or empty"),
@@ -142,3 +142,32 @@ class TestFurtherTasks:
         science = Science(also=(Task(name="multiclass"),))
         with pytest.raises(ConfigError, match="of a multiclass task: it has one, the class"):
             load_target_table(cohort(tmp_path), science)
+
+
+def test_words_of_an_ordinal_task_need_their_order(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="needs the order of a, b, c: set cohort.classes"):
+        load_target_table(cohort(tmp_path), Science(task=Task(name="ordinal")))
+    further = Task(name="ordinal", columns=("label",))
+    with pytest.raises(ConfigError, match="needs the order of a, b, c: set its classes"):
+        load_target_table(cohort(tmp_path), Science(also=(further,)))
+    given = further.model_copy(update={"classes": ("c", "b", "a")})
+    science = Science(also=(given,))
+    table = load_target_table(cohort(tmp_path), science)
+    assert read_targets(science, table, ["s0", "s1", "s2"])[:, 1].tolist() == [2, 1, 0]
+    with pytest.raises(ConfigError, match="science.task.classes is of tasks in science.also; set cohort.classes"):
+        load_target_table(cohort(tmp_path), Science(task=given))
+
+
+def test_classes_of_a_further_task_are_checked_at_the_start(tmp_path: Path) -> None:
+    rows = [(*row[:5], "1") for row in ROWS]
+    with pytest.raises(CohortError, match="column 'y' of a multiclass task holds 1: two classes are needed"):
+        load_target_table(cohort(tmp_path, rows), Science(also=(Task(columns=("y",)),)))
+    few = Task(columns=("label",), classes=("a", "b"))
+    with pytest.raises(CohortError, match=r"'s2': label 'c' is not in its classes \(a, b\)"):
+        load_target_table(cohort(tmp_path), Science(also=(few,)))
+
+
+def test_a_column_of_numbers_that_is_empty(tmp_path: Path) -> None:
+    rows = [(row[0], "", *row[2:]) for row in ROWS]
+    with pytest.raises(ConfigError, match="column 'age' is empty in all rows"):
+        load_target_table(cohort(tmp_path, rows), Science(task=Task(name="regression", columns=("age", "time"))))

@@ -65,8 +65,18 @@ def test_a_class_without_slides_is_undefined_with_a_reason(labels: list[int]) ->
     probs = np.full((len(labels), 3), 1 / 3)
     assert auc(labels, probs) is None
     found = class_values(*checked_classes(labels, probs), is_ordered=True)
-    assert set(found) == {"auc", "auprc", "balanced_accuracy", "f1", "kappa", "brier", "ece"}
-    assert all("no slide of class number" in str(value) for value in found.values())
+    over_classes = ("auc", "auprc", "balanced_accuracy", "f1")
+    assert set(found) == {*over_classes, "kappa", "brier", "ece"}
+    assert all("no slide of class number" in str(found[name]) for name in over_classes)
+    assert all((found[name] == "no slide") == (not labels) for name in ("brier", "ece", "kappa"))
+
+
+def test_kappa_of_grades_of_which_one_has_no_slide() -> None:
+    labels = np.array([0, 1, 2, 0, 1, 2])
+    assert class_values(labels, np.eye(4)[labels], is_ordered=True)["kappa"] == 1.0
+    alike = class_values(np.zeros(3, dtype=np.int64), np.eye(4)[[0, 0, 0]], is_ordered=True)
+    assert alike["kappa"] == "all slides are of one class, and predicted so"
+    assert alike["brier"] == 0.0
 
 
 @pytest.mark.parametrize(

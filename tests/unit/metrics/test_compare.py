@@ -32,6 +32,9 @@ def test_it_is_the_definition(seed: int) -> None:
 def test_equal_scores_do_not_differ() -> None:
     labels, score = np.array([0, 0, 1, 1, 1]), np.array([0.1, 0.6, 0.5, 0.7, 0.9])
     assert delong(labels, score, 10 * score).p == 1.0
+    assert delong(np.array([0, 0, 1, 1]), np.arange(4.0), np.full(4, 0.5)).p is None, (
+        "no variance, of any number of slides"
+    )
     found = delong(labels, score, -score)
     assert found.auc_b == pytest.approx(1 - found.auc_a)
 

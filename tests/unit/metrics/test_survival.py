@@ -70,3 +70,5 @@ def test_groups_are_told_apart() -> None:
     assert log_rank(TIME, EVENT, group) == pytest.approx(0.062306320345532684, rel=1e-9)
     assert log_rank(TIME, EVENT, np.zeros(12, dtype=np.int64)) == "a group without slides"
     assert log_rank(TIME, np.zeros(12), group) == "no event in either group"
+    late = np.array([0, 0, 0, 1])
+    assert log_rank(np.array([3.0, 4, 5, 9]), late, late) == "at no event are slides of both groups left"

@@ -68,7 +68,7 @@ class TestDiscrete:
     def test_too_few_times_for_the_bins_are_refused(self) -> None:
         with pytest.raises(CohortError, match=r"1 different times of events .* do not make 4 bins"):
             quantile_edges([1.0, 2.0, 3.0, 4.0], [1, 0, 0, 0], 4)
-        with pytest.raises(CohortError, match="too many events at one time"):
+        with pytest.raises(CohortError, match="too many are at one time"):
             quantile_edges([1.0] * 20 + [2.0, 3.0, 4.0], [1] * 23, 4)
 
 

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from gigamil.errors import ConfigError
-from gigamil.train.loss import class_weights, cross_entropy, group_loss, losses
+from gigamil.train.loss import cross_entropy, group_loss, losses
 
 
 def test_cross_entropy_is_per_slide() -> None:
@@ -30,19 +29,3 @@ def test_a_group_without_slides_still_has_a_loss_to_back_propagate() -> None:
     scalar = group_loss(loss_B * 1, torch.zeros(0), 3.0, 2)
     scalar.backward()
     assert (scalar.item(), loss_B.grad.shape) == (0.0, (0,))
-
-
-def test_class_weights() -> None:
-    labels = [0, 0, 0, 1]
-    assert class_weights("none", labels, 2).tolist() == [1.0, 1.0]
-    balanced_K = class_weights("balanced", labels, 2)
-    assert balanced_K.dtype == torch.float64
-    assert balanced_K.tolist() == pytest.approx([4 / 6, 2.0])
-    assert float(balanced_K[labels].mean()) == pytest.approx(1.0)  # so the learning rate keeps its meaning
-    assert class_weights((1.0, 2.5), labels, 2).tolist() == [1.0, 2.5]
-    assert class_weights("balanced", [0, 0], 3).isfinite().all()  # a class that no training slide has
-
-
-def test_as_many_weights_as_classes() -> None:
-    with pytest.raises(ConfigError, match="science.class_weights has 2 numbers for 3 classes"):
-        class_weights((1.0, 2.0), [0, 1, 2], 3)

@@ -196,3 +196,30 @@ def test_an_aggregator_that_learns_from_classes_is_refused_for_other_tasks() -> 
             ConfigError, match=f"ClamSingleBranch learns from the class of a slide, and {type(task).__name__}"
         ):
             refuse_classless(clam, task)
+    with pytest.raises(ConfigError, match="and Several has not an output per class and no others"):
+        refuse_classless(clam, TestSeveral().made())
+
+
+def test_one_sided_is_for_two_classes_alone() -> None:
+    options = {"name": "noisy_or", "options": {"one_sided": True}}
+    model = build_model(science(aggregator=options, encoder={"name": "small_cnn"}), 2)
+    refuse_classless(model, Multiclass(("a", "b")))
+    for task in (Ordinal(("a", "b", "c")), Multilabel(("x", "y")), DiscreteSurvival((1.0, 2.0))):
+        with pytest.raises(
+            ConfigError, match=f"one_sided is for two classes, and this is {type(task).__name__} with 2"
+        ):
+            refuse_classless(model, task)
+
+
+def test_training_slides_of_which_nothing_is_known() -> None:
+    with pytest.raises(CohortError, match="task multiclass: the class of no training slide is known"):
+        make_task(science({}), [("a", "b")], column(NAN, NAN))
+    censored_TX = torch.tensor([[3, 0], [4, 0]], dtype=torch.float64)
+    for loss in ("cox", "discrete"):
+        with pytest.raises(CohortError, match="task survival: all training slides are censored"):
+            make_task(science({"name": "survival", "loss": loss}, class_weights="none"), [()], censored_TX)
+
+
+def test_attention_is_shown_of_the_first_task() -> None:
+    assert TestSeveral().made().num_shown == 2
+    assert Multiclass(("a", "b", "c")).num_shown == 3
