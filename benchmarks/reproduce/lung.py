@@ -12,9 +12,9 @@ engineering, never a clinical result.
 
     python benchmarks/reproduce/lung.py [--tiles FOLDER] [--slides 240] [--seeds 1] [--encoder small_cnn] [--tile-px 64] [--out DIR]
 
-FOLDER holds lung_tiles.tar and tiles.csv. Runs that are done are not done again. Writes lung.json and comparison/ (table, intervals,
-curves against tiles and seconds) into DIR; the last line is JSON: AUC of each regime on the test slides (mean prediction over seeds),
-ci: {regime: [low, high]}, minus_frozen: {regime: interval of the difference}, seeds, ...
+FOLDER holds lung_tiles.tar and tiles.csv. Runs that are done are not done again; another setting needs another DIR. Writes
+lung.json and comparison/ (table, intervals, curves against tiles and seconds) into DIR; the last line is JSON: AUC of each regime
+on the test slides (mean over seeds), ci: {regime: [low, high]}, minus_frozen: {regime: interval of the difference}, seeds, ...
 """
 
 import argparse
@@ -49,7 +49,7 @@ from gigamil.pipeline import evaluate_model, split_cohort, train_model
 from gigamil.testing.shards import make_shards
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from lung_mosaic import ADENO, NORMAL, SQUAMOUS, Tile, read_tiles
+from lung_mosaic import ADENO, NORMAL, SQUAMOUS, Tile, read_tiles, source_of
 from options import need_file, real_data
 from origin import origin
 
@@ -219,6 +219,17 @@ def run_config(arguments: argparse.Namespace, table: Path, out: Path, regime: st
     )
 
 
+def refuse_other_settings(out: Path, settings: dict[str, Any]) -> None:
+    """Leave with a message where the folder has runs of other settings, else note these."""
+    path = out / "settings.json"
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else settings
+    other = [f"{name} {before.get(name)}" for name, value in settings.items() if before.get(name) != value]
+    if other:
+        raise SystemExit(f"'{out}' has runs with {', '.join(other)}: choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+
+
 def run(config: RunConfig) -> None:
     """Split, train, evaluate; what is done is not done again."""
     if is_evaluated(config.bookkeeping.out):
@@ -254,6 +265,8 @@ def main(words: Sequence[str] | None = None) -> int:
         parser.error("--regimes: two at least, to be compared")
     start = time.monotonic()
     out = arguments.out.resolve()
+    names = ("slides", "epochs", "pretrain", "lr", "encoder", "tile_px")
+    refuse_other_settings(out, {name: getattr(arguments, name) for name in names} | source_of(arguments.tiles))
     cohort = out / f"cohort_{arguments.slides}_{arguments.tile_px}"
     tiles = read_tiles(arguments.tiles)
     table = write_cohort(cohort, tiles, arguments.slides, arguments.tile_px)

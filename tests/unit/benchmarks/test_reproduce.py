@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import simplejpeg
 
-from benchmarks.lung_mosaic import ADENO, NORMAL, SQUAMOUS, read_tiles
+from benchmarks.lung_mosaic import ADENO, NORMAL, SQUAMOUS, Tile, read_tiles
 from benchmarks.reproduce import digits as digits_script
 from benchmarks.reproduce import lung as lung_script
 from benchmarks.reproduce import unit_tests as unit_tests_script
@@ -132,7 +132,26 @@ def lung_tiles(tmp_path: Path) -> Path:
     return folder
 
 
-def test_mosaics_of_patients_share_no_field(lung_tiles: Path, tmp_path: Path) -> None:
+def test_hands_are_disjoint(lung_tiles: Path) -> None:
+    fields: dict[str, list[Tile]] = {}
+    for tile in read_tiles(lung_tiles):
+        fields.setdefault(tile.field, []).append(tile)
+    hands = lung_script.deal(fields, 7, np.random.default_rng(0))
+    owned = [{tile.field for tile in hand} for hand in hands]
+    assert sum(len(names) for names in owned) == len(set().union(*owned)) == 48
+    assert sum(len(hand) for hand in hands) == 96
+    with pytest.raises(SystemExit, match="48 fields are too few for 50 patients"):
+        lung_script.deal(fields, 50, np.random.default_rng(0))
+
+
+def test_other_settings_need_another_folder(tmp_path: Path) -> None:
+    lung_script.refuse_other_settings(tmp_path, {"epochs": 20, "lr": 1e-3})
+    lung_script.refuse_other_settings(tmp_path, {"epochs": 20, "lr": 1e-3})
+    with pytest.raises(SystemExit, match=r"has runs with epochs 20: choose another --out"):
+        lung_script.refuse_other_settings(tmp_path, {"epochs": 40, "lr": 1e-3})
+
+
+def test_mosaics_of_patients_are_stained_alike(lung_tiles: Path, tmp_path: Path) -> None:
     table = lung_script.write_cohort(tmp_path / "cohort", read_tiles(lung_tiles), 32, 32)
     rows = list(csv.DictReader(table.read_text().splitlines()))
     assert len(rows) == 32
