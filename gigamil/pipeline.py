@@ -137,7 +137,7 @@ def evaluate_model(config: RunConfig) -> Evaluation:
     """
     out = config.bookkeeping.out
     data = load_training_data(config)
-    _refuse_other_checkpoint(config, data)
+    refuse_other_checkpoint(config, data)
     slide_ids = [*data.splits.val, *data.splits.test] or list(data.splits.train)
     _predict_into(out, config, data.shards, slide_ids, data)
     science = config.science
@@ -245,7 +245,7 @@ def run_pipeline(
         )
     _say(show, "train", f"on {config.execution.ranks} ranks")
     if RunRecord(out / "run.json").facts.get("status") == "finished":
-        _refuse_other_checkpoint(config, load_training_data(config))
+        refuse_other_checkpoint(config)
         print("already trained")
     else:
         train_model(config, plugins=plugins)
@@ -281,9 +281,16 @@ def _refuse_missing_features(config: RunConfig) -> None:
         )
 
 
-def _refuse_other_checkpoint(config: RunConfig, data: TrainingData) -> None:
-    """Refuse to use a trained model with a configuration, a split or tiles that it was not trained with."""
-    out = config.bookkeeping.out
+def refuse_other_checkpoint(config: RunConfig, data: TrainingData | None = None) -> None:
+    """Refuse to use a trained model with a configuration, a split or tiles that it was not trained with.
+
+    Args:
+        data: from `load_training_data`; None: it is loaded.
+    Raises:
+        ConfigError: names what differs.
+        CheckpointError, CohortError, ShardError: as what it reads.
+    """
+    out, data = config.bookkeeping.out, data or load_training_data(config)
     refuse_other_run(run_identity(config, data), CheckpointStore(out / "checkpoints").facts(), out)
 
 
@@ -327,7 +334,7 @@ def _predict_into(
 def _saliency_model(config: RunConfig) -> SlideModel:
     """The best model of a run with a dense encoder, before anything else is done."""
     data = load_training_data(config)
-    _refuse_other_checkpoint(config, data)
+    refuse_other_checkpoint(config, data)
     model = load_model(config, task_of_run(config, data).num_outputs, dim=data.dim)
     refuse_tile_encoder(model, config)
     return model
@@ -355,7 +362,7 @@ def _heatmap_new(
             "the slide's features there, name it in the slide table, and give its id."
         )
     data = load_training_data(config)
-    _refuse_other_checkpoint(config, data)
+    refuse_other_checkpoint(config, data)
     new = tile_new(config, files, folder, mpp)
     _refuse_other_encoder(data.shards, new.tiles, new.slide_ids)
     _predict_into(folder, config, new.tiles, new.slide_ids, None, new.paths)

@@ -17,15 +17,17 @@ from gigamil.data.folds import make_folds
 from gigamil.data.split_import import count_folds
 from gigamil.data.targets import load_target_table
 from gigamil.data.tile import refuse_failures, tile_cohort
-from gigamil.errors import BagError, CheckpointError, CohortError, ConfigError, TrainingError
+from gigamil.errors import BagError, CheckpointError, CohortError, ConfigError, ShardError, TrainingError
 from gigamil.evaluate.heatmap import FOLDER as HEATMAPS
-from gigamil.evaluate.pooled import STUDY_FILE, Member, read_study, write_study
+from gigamil.evaluate.pooled import STUDY_FILE, Member, is_evaluated, read_study, write_study
 from gigamil.evaluate.study_report import StudyEvaluation, evaluate_study, gallery, write_study_report
-from gigamil.pipeline import draw_heatmaps, run_pipeline
+from gigamil.pipeline import draw_heatmaps, refuse_other_checkpoint, run_pipeline
 from gigamil.registry import import_plugins
+from gigamil.train.launch import RanksFailed
 from gigamil.train.tracking import one_store
 
 _log = logging.getLogger(__name__)
+_ENDS_ALL = (4, 5)  # exit codes: the machine lacks something, or a signal came
 
 
 def run_study(
@@ -41,7 +43,7 @@ def run_study(
     The study is in `<out>/study`, its runs in `fold<k>_seed<s>` there, as launch/slurm/folds.sbatch has them; they share
     `<out>/shards` with a single run, and `<out>/features` too unless the encoder's weights are random, which differ by seed. In MLflow they are children of one run, in a store of the study
     unless MLFLOW_TRACKING_URI names another. A run that fails for its data or in training is named in the report, and the others
-    go on.
+    go on; a signal, or a fault of the machine, ends all.
 
     Args:
         config: of a single run; a holdout becomes `cohort.folds` folds. Seeds count from `science.seed`.
@@ -67,14 +69,13 @@ def run_study(
         _prepare(config)
     out = study_folder(config)
     out.mkdir(parents=True, exist_ok=True)
-    members = _members(out, numbers, seeds)
+    wanted = [Member(fold, seed, f"fold{fold}_seed{seed}") for seed in range(seeds) for fold in numbers]
+    members = _members(out, wanted)
     write_study(out, members)
     with one_store(out, config.bookkeeping.name):
-        for number, member in enumerate(members):
-            if report_only:
-                continue
+        for number, member in enumerate(members[: 0 if report_only else len(wanted)]):
             if config.bookkeeping.progress:
-                print(f"\n==== run {number + 1} of {len(members)}: fold {member.fold}, seed {member.seed}", flush=True)
+                print(f"\n==== run {number + 1} of {len(wanted)}: fold {member.fold}, seed {member.seed}", flush=True)
             members[number] = _run_member(config, member, plugins)
             write_study(out, members)
         return _report(config, out)
@@ -125,9 +126,8 @@ def _chosen_folds(config: RunConfig, folds: Sequence[int] | None) -> list[int]:
     return list(dict.fromkeys(folds))
 
 
-def _members(out: Path, folds: Sequence[int], seeds: int) -> list[Member]:
-    """Those that are asked for, and those that are there already."""
-    wanted = [Member(fold, seed, f"fold{fold}_seed{seed}") for seed in range(seeds) for fold in folds]
+def _members(out: Path, wanted: Sequence[Member]) -> list[Member]:
+    """Those that are asked for, as far as they are known, and behind them others that are there already."""
     known = read_study(out) if (out / STUDY_FILE).is_file() else []
     before = {member.folder: member for member in known}
     return [before.pop(member.folder, member) for member in wanted] + list(before.values())
@@ -137,8 +137,13 @@ def _run_member(config: RunConfig, member: Member, plugins: Sequence[str]) -> Me
     own = member_config(config, member)
     _share_features(config, own.bookkeeping.out)
     try:
-        run_pipeline(own, plugins=plugins)
-    except (BagError, CheckpointError, CohortError, TrainingError) as error:
+        if is_evaluated(own.bookkeeping.out):
+            refuse_other_checkpoint(own)
+        else:
+            run_pipeline(own, plugins=plugins)
+    except (BagError, CheckpointError, CohortError, ConfigError, RanksFailed, ShardError, TrainingError) as error:
+        if error.exit_code in _ENDS_ALL:
+            raise
         _log.error("fold %d, seed %d failed, the others go on: %s", member.fold, member.seed, error)
         return replace(member, error=str(error))
     return replace(member, error=None)
@@ -148,12 +153,13 @@ def _share_features(config: RunConfig, run: Path) -> None:
     """Features that are the same for all seeds are made once, in `<out>/features`; each run has a link to them there."""
     science, link = config.science, run / "features"
     same = science.encoder.weights is not None or science.warm_start is not None
-    if config.data.source != "features" or config.data.features is not None or not same or link.exists():
+    if config.data.source != "features" or config.data.features is not None or not same:
         return
     shared = features_folder(config)
-    shared.mkdir(parents=True, exist_ok=True)
+    shared.mkdir(parents=True, exist_ok=True)  # also where a link to it is left over
     run.mkdir(parents=True, exist_ok=True)
-    link.symlink_to(os.path.relpath(shared, run), target_is_directory=True)
+    if not link.exists():
+        link.symlink_to(os.path.relpath(shared, run), target_is_directory=True)
 
 
 def _report(config: RunConfig, out: Path) -> dict[str, Any]:

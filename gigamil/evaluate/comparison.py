@@ -18,7 +18,9 @@ from gigamil.evaluate.history import FILE_NAME as HISTORY_FILE
 from gigamil.evaluate.history import History, read_history
 from gigamil.evaluate.html import Html, image, join, page, table, tag
 from gigamil.evaluate.pooled import STUDY_FILE, Pooled, read_pooled, read_study
+from gigamil.evaluate.predictions import FILE_NAME
 from gigamil.evaluate.report import CONFIG_FILE, FACTS_FILE, metric_words
+from gigamil.evaluate.summary import EVALUATION_FILE, read_evaluation
 from gigamil.files import parse_object, replace_file
 from gigamil.metrics.bootstrap import Estimate, Scores, difference, scores
 from gigamil.metrics.compare import delong
@@ -33,7 +35,7 @@ _SPENT = ("tiles_seen", "tile_forwards", "seconds", "rank_seconds")
 class Compared(TypedDict):
     """One of the runs: its metrics on the common slides, how much better it is than the first, and what it has spent.
 
-    `minus_first` and `p_delong` are None for the first; `p_delong` also where there are not two classes, or several seeds.
+    `minus_first` and `p_delong` are None for the first; `p_delong` also where there are not two classes, several seeds, a slide in several draws, or AUCs without variance.
     `spent` is the mean of a study's runs.
     """
 
@@ -49,11 +51,12 @@ class Compared(TypedDict):
 
 
 class Comparison(TypedDict):
-    """What comparison.json holds."""
+    """What comparison.json holds; `of_validation` names runs without a test split."""
 
     metric: str
     num_slides: int
     num_left_out: dict[str, int]
+    of_validation: list[str]
     num_bootstrap: int
     seed: int
     runs: list[Compared]
@@ -113,6 +116,7 @@ def compare_runs(
         metric=name,
         num_slides=len(pooled[0]),
         num_left_out=num_left_out,
+        of_validation=[run.name for run in runs if run.pooled.split == "val"],
         num_bootstrap=num_bootstrap,
         seed=seed,
         runs=found,
@@ -170,6 +174,8 @@ def _read_all(folders: Sequence[Path]) -> list[_Run]:
     names = _names(folders)
     runs = []
     for name, folder in zip(names, folders, strict=True):
+        if not (folder / FILE_NAME).is_file() and (folder / "study" / STUDY_FILE).is_file():
+            folder = folder / "study"  # of `gigamil run --folds`
         members: tuple[Path, ...] = (folder,)
         if (folder / STUDY_FILE).is_file():
             members = tuple(folder / m.folder for m in read_study(folder) if m.is_finished)
@@ -190,6 +196,14 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 def _on_common_slides(runs: Sequence[_Run]) -> tuple[list[Pooled], dict[str, int]]:
     """The slides that all have, in the order of the first; and how many of each have none in the others."""
+    for run in runs:
+        if run.pooled.split == "train":
+            raise CohortError(
+                f"'{run.name}' predicts training slides only: runs are compared on slides that none has seen"
+            )
+    if len({_unit(run.members[0]) for run in runs}) > 1:
+        units = ", ".join(f"'{run.name}' of {_unit(run.members[0])}s" for run in runs)
+        raise CohortError(f"predictions of slides and of patients (science.bag) cannot be compared: {units}")
     places = [{slide_id: i for i, slide_id in enumerate(run.pooled.slide_ids)} for run in runs]
     common = [slide_id for slide_id in runs[0].pooled.slide_ids if all(slide_id in place for place in places)]
     if not common:
@@ -213,9 +227,15 @@ def _on_common_slides(runs: Sequence[_Run]) -> tuple[list[Pooled], dict[str, int
     return taken, {run.name: len(run.pooled) - len(common) for run in runs}
 
 
+def _unit(run: Path) -> str:
+    return read_evaluation(run)["unit"] if (run / EVALUATION_FILE).is_file() else "slide"
+
+
 def _p_delong(own: Pooled, first: Pooled) -> float | None:
     if not isinstance(own.task, Multiclass) or len(own.task.classes) != 2 or own.num_seeds > 1 or first.num_seeds > 1:
         return None
+    if len({slide_id.partition(" (fold ")[0] for slide_id in own.slide_ids}) < len(own):
+        return None  # a slide in several draws counts once
     try:
         return delong(own.target_NX[:, 0].astype(np.int64), own.value_SNP[0, :, 1], first.value_SNP[0, :, 1]).p
     except ValueError:  # less than two slides of a class
@@ -270,7 +290,12 @@ def _page(comparison: Comparison, out: Path, has_curves: bool) -> str:
     note = (
         f"{comparison['num_slides']} slides that every run predicts and none has seen. Intervals: {comparison['num_bootstrap']} "
         f"bootstrap resamples of patients (seed {comparison['seed']}), drawn for all runs alike, so that differences are paired. "
-        "Tile forwards: passes of tiles through the encoder in training, those made again for a backward and scans included; "
+        + (
+            f"Of {', '.join(comparison['of_validation'])} these are validation slides, which chose the epoch. "
+            if comparison["of_validation"]
+            else ""
+        )
+        + "Tile forwards: passes of tiles through the encoder in training, those made again for a backward and scans included; "
         "of a study the mean of its runs. DeLong takes slides for independent."
     )
     return page(
@@ -278,7 +303,7 @@ def _page(comparison: Comparison, out: Path, has_curves: bool) -> str:
         tag("h1", "Comparison"),
         table([*head, "Tile forwards", "Rank seconds"], rows),
         tag("p", note, class_="note"),
-        _figure(out / DIFFERENCES, f"{metric_words(name)}, and how much better than the first"),
+        _figure(out / DIFFERENCES, f"{metric_words(name)}, and the difference from the first"),
         curves,
         tag("h2", "All metrics"),
         tag("div", table(["Run", *(metric_words(metric) for metric in names)], every), class_="scroll"),

@@ -54,22 +54,33 @@ class Pooled:
     Attributes:
         name: of the run or study.
         slide_ids: all different; of a slide that several folds predict (Monte-Carlo) with the fold behind.
-        patients: whose each is, as splits tell patients apart.
+        patient_ids: whose each is.
         folds: of the run that predicted it.
         target_NX: what is known.
         value_SNP: what is predicted, by each seed.
+        seeds: their numbers.
+        split: that the runs held out: test, or what they have of it.
+        left_out: runs that are finished and not in here, for other folds of their seed are not.
     """
 
     name: str
     task: Task
     slide_ids: tuple[str, ...]
-    patients: tuple[str, ...]
+    patient_ids: tuple[str, ...]
     folds: tuple[int, ...]
     target_NX: Floats
     value_SNP: Floats
+    seeds: tuple[int, ...] = (0,)
+    split: str = "test"
+    left_out: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.slide_ids)
+
+    @property
+    def patients(self) -> tuple[str, ...]:
+        """Whose each slide is, as splits tell patients apart."""
+        return tuple(map(folded, self.patient_ids))
 
     @property
     def num_seeds(self) -> int:
@@ -106,7 +117,7 @@ class Pooled:
         return replace(
             self,
             slide_ids=tuple(self.slide_ids[i] for i in rows),
-            patients=tuple(self.patients[i] for i in rows),
+            patient_ids=tuple(self.patient_ids[i] for i in rows),
             folds=tuple(self.folds[i] for i in rows),
             target_NX=self.target_NX[chosen],
             value_SNP=self.value_SNP[:, chosen],
@@ -114,7 +125,9 @@ class Pooled:
 
 
 def read_pooled(folder: Path, *, of_units: bool = True) -> Pooled:
-    """Held-out slides of a run (its headline split), or those of all finished folds and seeds of a study.
+    """Held-out slides of a run (its headline split), or those of all finished folds of a study, of the seeds that have them all.
+
+    While runs of a study are missing: of the seeds that have most folds; `left_out` names the others' runs.
 
     Args:
         of_units: where patients are scored (`science.bag`), a row per patient; False: always a row per slide.
@@ -126,12 +139,17 @@ def read_pooled(folder: Path, *, of_units: bool = True) -> Pooled:
     done = [member for member in read_study(folder) if member.is_finished]
     if not done:
         raise CohortError(f"no run of the study '{folder}' is finished")
-    seeds = sorted({member.seed for member in done})
+    folds_of: dict[int, set[int]] = {}
+    for member in done:
+        folds_of.setdefault(member.seed, set()).add(member.fold)
+    most = max(folds_of.values(), key=len)
+    seeds = sorted(seed for seed, folds in folds_of.items() if folds == most)
     by_seed = {
         seed: _beside([_read_one(folder / m.folder, m.folder, m.fold, of_units) for m in done if m.seed == seed])
         for seed in seeds
     }
-    return _behind(folder.resolve().name, [by_seed[seed] for seed in seeds])
+    left_out = tuple(member.folder for member in done if member.seed not in seeds)
+    return replace(_behind(folder.resolve().name, list(by_seed.values())), seeds=tuple(seeds), left_out=left_out)
 
 
 def read_study(folder: Path) -> list[Member]:
@@ -148,7 +166,7 @@ def read_study(folder: Path) -> list[Member]:
         members = [Member(**member) for member in data["members"]]
     except (KeyError, TypeError) as error:
         raise CohortError(f"'{path}' is no study: {error}. Delete it and type the same `gigamil run` again.") from error
-    return [replace(member, is_finished=is_evaluated(folder / member.folder)) for member in members]
+    return [replace(m, is_finished=m.error is None and is_evaluated(folder / m.folder)) for m in members]
 
 
 def is_evaluated(run: Path) -> bool:
@@ -178,8 +196,8 @@ def _read_one(run: Path, name: str, fold: int, of_units: bool) -> Pooled:
     target_NX, value_NP = targets_and_values(known)
     found = load_task(run) or Multiclass(predictions.classes if isinstance(predictions, Predictions) else ())
     task, target_NX, value_NP = _first(found, target_NX, value_NP)
-    patients = tuple(folded(patient_id) for patient_id in known.patient_ids)
-    return Pooled(name, task, known.slide_ids, patients, (fold,) * len(known), target_NX, value_NP[None])
+    folds, split = (fold,) * len(known), predictions.headline_split
+    return Pooled(name, task, known.slide_ids, known.patient_ids, folds, target_NX, value_NP[None], split=split)
 
 
 def _first(task: Task, target_NX: Floats, value_NP: Floats) -> tuple[Task, Floats, Floats]:
@@ -200,14 +218,14 @@ def _beside(folds: Sequence[Pooled]) -> Pooled:
         for slide_id, number in zip(fold.slide_ids, fold.folds, strict=True)
     )
     task, width = _common(tasks, folds[0].value_SNP.shape[2])
-    return Pooled(
-        folds[0].name,
-        task,
-        slide_ids,
-        tuple(patient for fold in folds for patient in fold.patients),
-        tuple(number for fold in folds for number in fold.folds),
-        np.concatenate([fold.target_NX for fold in folds]),
-        np.concatenate([fold.value_SNP[:, :, :width] for fold in folds], axis=1),
+    return replace(
+        folds[0],
+        task=task,
+        slide_ids=slide_ids,
+        patient_ids=tuple(patient_id for fold in folds for patient_id in fold.patient_ids),
+        folds=tuple(number for fold in folds for number in fold.folds),
+        target_NX=np.concatenate([fold.target_NX for fold in folds]),
+        value_SNP=np.concatenate([fold.value_SNP[:, :, :width] for fold in folds], axis=1),
     )
 
 
@@ -220,7 +238,7 @@ def _common(tasks: Sequence[Task], width: int) -> tuple[Task, int]:
     first = tasks[0]
     if all(task == first for task in tasks):
         return first, width
-    if isinstance(first, DiscreteSurvival) and all(isinstance(task, DiscreteSurvival) for task in tasks):
+    if all(isinstance(task, DiscreteSurvival | Cox) for task in tasks):
         return Cox(), 1
     if any(type(task) is not type(first) or task.predicted_names != first.predicted_names for task in tasks):
         raise CohortError("runs that predict other things cannot be put side by side: are these folds of one study?")

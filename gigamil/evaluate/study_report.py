@@ -48,6 +48,7 @@ class StudyEvaluation(TypedDict):
     pooled: Scores
     patients: Scores | None
     per_run: list[dict[str, Any]]
+    left_out: list[str]
     failed: list[dict[str, Any]]
 
 
@@ -84,6 +85,7 @@ def evaluate_study(folder: Path, *, num_bootstrap: int, seed: int) -> StudyEvalu
         pooled=_scores(pooled, num_bootstrap, seed),
         patients=None if several is None else _scores(several, num_bootstrap, seed),
         per_run=per_run,
+        left_out=list(pooled.left_out),
         failed=[vars(member) for member in members if member.error and not member.is_finished],
     )
     replace_file(folder / SUMMARY_FILE, (json.dumps(evaluation, indent=1, allow_nan=False) + "\n").encode())
@@ -152,12 +154,19 @@ def _predictions(pooled: Pooled) -> str:
     writer = csv.writer(text, lineterminator="\n")
     known = [f"true_{name}" for name in target_names(pooled.task)]
     writer.writerow(["slide_id", "patient_id", "fold", "seed", *known, *pooled.task.predicted_names])
-    for seed, value_NP in enumerate(pooled.value_SNP):
+    for seed, value_NP in zip(pooled.seeds, pooled.value_SNP, strict=True):
         for row, slide_id in enumerate(pooled.slide_ids):
-            targets = ["" if np.isnan(value) else repr(float(value)) for value in pooled.target_NX[row]]
+            targets = [_target(pooled.task, value) for value in pooled.target_NX[row]]
             said = [repr(float(value)) for value in value_NP[row]]
-            writer.writerow([slide_id, pooled.patients[row], pooled.folds[row], seed, *targets, *said])
+            writer.writerow([slide_id, pooled.patient_ids[row], pooled.folds[row], seed, *targets, *said])
     return text.getvalue()
+
+
+def _target(task: Task, value: float) -> str:
+    """What is known, as predictions.csv has it: a class by its name."""
+    if np.isnan(value):
+        return ""
+    return task.classes[int(value)] if isinstance(task, Multiclass | Ordinal) else repr(float(value))
 
 
 def _draw(folder: Path, pooled: Pooled, evaluation: StudyEvaluation) -> None:
@@ -191,7 +200,7 @@ _CAPTIONS = {
 
 
 def _lead(evaluation: StudyEvaluation, members: Sequence[Member]) -> Html:
-    pooled, metric = evaluation["pooled"], evaluation["metric"]
+    pooled, metric, left_out = evaluation["pooled"], evaluation["metric"], evaluation["left_out"]
     done = len(evaluation["per_run"])
     value = tag("strong", f"{metric_words(metric)} {_words(pooled['metrics'][metric])}")
     return tag(
@@ -199,6 +208,11 @@ def _lead(evaluation: StudyEvaluation, members: Sequence[Member]) -> Html:
         value,
         f" on {pooled['num_slides']} slides of {pooled['num_patients']} patients, each predicted by a model that has not seen its "
         f"patient. {done} of {len(members)} runs are finished; the mean over {evaluation['num_seeds']} seeds.",
+        *(
+            [" Not in these figures, for other folds of their seed are not finished: " + ", ".join(left_out) + "."]
+            if left_out
+            else []
+        ),
         class_="lead",
     )
 
