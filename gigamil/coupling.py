@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from gigamil.config.load import to_yaml
-from gigamil.config.schema import RunConfig
-from gigamil.errors import ConfigError
-from gigamil.evaluate.features import cache_features, encoder_of_features
+from gigamil.config.schema import Regime, RunConfig
+from gigamil.errors import ConfigError, Interrupted
+from gigamil.evaluate.features import cache_features, encoder_of_features, refuse_stale
 from gigamil.files import replace_file
 from gigamil.metrics.task import is_better
+from gigamil.models.slide_model import build_model
 from gigamil.train.api import train_model
 from gigamil.train.checkpoint import CheckpointStore
 from gigamil.train.cohort import load_training_data
@@ -25,6 +26,8 @@ from gigamil.train.engine import TrainingState
 from gigamil.train.follow import METRICS
 from gigamil.train.identity import refuse_other_run, run_identity
 from gigamil.train.records import RunRecord, versions
+from gigamil.train.task import task_of_run
+from gigamil.train.taught import refuse_untaught
 from gigamil.train.tracking import one_store
 
 _SPENT = ("tiles_seen", "tile_forwards", "seconds", "rank_seconds")
@@ -64,10 +67,12 @@ def phase_config(config: RunConfig, phase: Phase) -> RunConfig:
     """The configuration of a phase: a run on features, or of a student; everything else is that of the coupling."""
     out, science = config.bookkeeping.out, config.science
     start = science.warm_start if phase.before is None else out / phase.before.folder
-    regime = science.regime.model_copy(update={"name": "frozen" if phase.kind == "bags" else "taught"})
+    regime = Regime(name="frozen")
+    if phase.kind == "tiles":
+        regime = Regime(name="taught", tiles=science.regime.tiles, confidence=science.regime.confidence)
     changes: dict[str, Any] = {"regime": regime, "warm_start": start}
     if phase.kind == "tiles":
-        changes["epochs"] = regime.tile_epochs
+        changes["epochs"] = science.regime.tile_epochs
         changes["optim"] = science.optim.model_copy(update={"freeze_encoder_epochs": 0})
         changes["early_stop_epochs"] = None
     source = "features" if phase.kind == "bags" else config.data.source
@@ -109,22 +114,36 @@ def train_coupled(
         )
     record = RunRecord(out / "run.json")
     if "coupling" in record.facts:
-        refuse_other_run(record.facts["coupling"], identity, out)
-    record.update(status="running", coupling=identity, name=config.bookkeeping.name)
+        refuse_other_run(identity, record.facts["coupling"], out)
+    task = task_of_run(config, data)
+    refuse_untaught(config, build_model(config.science, task.num_outputs, data.dim), task)
+    record.update(status="running", error=None, coupling=identity, name=config.bookkeeping.name)
     replace_file(out / "config.resolved.yaml", to_yaml(config))
+    try:
+        _run_phases(config, todo, plugins, say)
+        return _finish(config, todo, identity, record)
+    except BaseException as error:
+        status = "interrupted" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed"
+        record.update(status=status, error=f"{type(error).__name__}: {error}")
+        raise
+
+
+def _run_phases(config: RunConfig, todo: Sequence[Phase], plugins: Sequence[str], say: Callable[[str], object]) -> None:
+    out = config.bookkeeping.out
     with one_store(out, config.bookkeeping.name):
         for number, phase in enumerate(todo, start=1):
             own = phase_config(config, phase)
             folder = own.bookkeeping.out
             folder.mkdir(parents=True, exist_ok=True)
             if RunRecord(folder / "run.json").facts.get("status") == "finished":
+                if phase.kind == "bags":  # its classifier belongs to the encoder that made these
+                    refuse_stale(own, load_training_data(own))
                 continue
             say(f"phase {number} of {len(todo)}: {phase.folder}")
             shutil.copyfile(out / "splits.json", folder / "splits.json")
             if phase.kind == "bags":
                 cache_features(own, plugins=plugins)
             train_model(own, plugins=plugins)
-    return _finish(config, todo, identity, record)
 
 
 def _finish(config: RunConfig, todo: Sequence[Phase], identity: dict[str, Any], record: RunRecord) -> dict[str, Any]:

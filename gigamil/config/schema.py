@@ -150,6 +150,15 @@ class Aggregator(Section):
     options: Options = Field(default_factory=dict, description="keyword arguments of the aggregator")
 
 
+_OF_REGIMES = {
+    "blocks": ("last_blocks",),
+    "tiles": ("sampled", "select", "coupled", "taught"),
+    "rounds": ("coupled",),
+    "tile_epochs": ("coupled",),
+    "confidence": ("coupled", "taught"),
+}
+
+
 class Regime(Section):
     """Which part of the encoder learns, and from which tiles."""
 
@@ -178,6 +187,10 @@ class Regime(Section):
         if self.how is not None and self.how not in own:
             words = f"it is one of {', '.join(own)}" if own else "only sampled and select choose tiles"
             raise ValueError(f"science.regime.how={self.how} with {self.name}: {words}")
+        for key, regimes in _OF_REGIMES.items():
+            value = getattr(self, key)
+            if value != type(self).model_fields[key].default and self.name not in regimes:
+                raise ValueError(f"science.regime.{key}={value} with {self.name}: it is of {', '.join(regimes)}")
         return self
 
 
@@ -410,12 +423,20 @@ class RunConfig(Section):
     @classmethod
     def _regime_sets_what_it_means(cls, data: Any) -> Any:
         """Frozen encoders read features, LoRA has a rank, and of the last blocks the others are fixed."""
-        science = data.get("science") if isinstance(data, dict) else None
+        if not isinstance(data, dict):
+            return data
+        data = {name: part.model_dump() if isinstance(part, BaseModel) else part for name, part in data.items()}
+        science = data.get("science")
         if not isinstance(science, dict) or not science.get("regime"):
             return data
         regime = Regime.model_validate(science["regime"])
         encoder = science.get("encoder") or {}
         if regime.name == "last_blocks":
+            if encoder.get("freeze_blocks") not in (None, 0, -regime.blocks):
+                raise ValueError(
+                    f"science.encoder.freeze_blocks={encoder['freeze_blocks']} and science.regime=last_blocks with {regime.blocks} "
+                    "contradict each other: leave the first one out"
+                )
             science = science | {"encoder": {**encoder, "freeze_blocks": -regime.blocks}}
         elif regime.name == "lora" and not encoder.get("lora_rank"):
             science = science | {"encoder": {**encoder, "lora_rank": 8}}

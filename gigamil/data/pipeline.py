@@ -168,7 +168,7 @@ class StepLoader:
         return torch.from_numpy(rows)
 
     def iterate(self, plans: Iterable[StepPlan]) -> Iterator[tuple[StepPlan, StepTiles | Exception]]:
-        """Yield each plan with its tiles, or with the error that reading them raised: ranks agree on errors first."""
+        """Yield each plan with its tiles, or with the error that making the plan or reading them raised: ranks agree on errors first."""
         return self._ahead(plans) if self._prefetch else self._one_by_one(plans)
 
     def load_or_error(self, plan: StepPlan) -> StepTiles | Exception:
@@ -179,7 +179,10 @@ class StepLoader:
             return error
 
     def _one_by_one(self, plans: Iterable[StepPlan]) -> Iterator[tuple[StepPlan, StepTiles | Exception]]:
-        for plan in plans:
+        for plan in _made(plans):
+            if isinstance(plan, Exception):
+                yield _NO_PLAN, plan
+                return
             with self._waited.running():
                 tiles = self.load_or_error(plan)
             yield plan, tiles
@@ -196,10 +199,10 @@ class StepLoader:
                     continue
 
         def produce() -> None:
-            for plan in plans:
+            for plan in _made(plans):
                 if stop.is_set():
                     return
-                put((plan, self.load_or_error(plan)))
+                put((_NO_PLAN, plan) if isinstance(plan, Exception) else (plan, self.load_or_error(plan)))
             put(None)
 
         thread = threading.Thread(target=produce, name="gigamil-prefetch", daemon=True)
@@ -214,6 +217,17 @@ class StepLoader:
         finally:
             stop.set()
             thread.join()
+
+
+_NO_PLAN = StepPlan((), (), (), 1)  # in the place of one that could not be made: an error comes with it
+
+
+def _made(plans: Iterable[StepPlan]) -> Iterator[StepPlan | Exception]:
+    """Plans, and at the end the error of one that could not be made, for ranks to agree on."""
+    try:
+        yield from plans
+    except Exception as error:  # noqa: BLE001 - handed over, as those of reading
+        yield error
 
 
 class DrawKeys:

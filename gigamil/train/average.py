@@ -21,7 +21,7 @@ class WeightAverage:
         decay: below 1.
     Cost: the memory of the weights once more, and a pass over them in each step.
     Source: Polyak and Juditsky 1992; the warm-up of the decay is that of TensorFlow's ExponentialMovingAverage. Tests:
-        distributed/test_average.py, engine/test_average.py
+        engine/test_average.py
     """
 
     def __init__(self, engine: DeepSpeedEngine, decay: float) -> None:

@@ -1,6 +1,7 @@
 """The training loop: epochs of exact steps, validation, checkpoints; every decision is taken by all ranks together."""
 
 import copy
+import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +20,7 @@ from gigamil.config.schema import RunConfig
 from gigamil.data.augment import augment_block, augment_tiles, draw_turn
 from gigamil.data.blocks import SlideGrid
 from gigamil.data.pipeline import DrawKeys, StepLoader, StepTiles
-from gigamil.errors import GigamilError, Interrupted, TrainingError
+from gigamil.errors import CheckpointError, ConfigError, GigamilError, Interrupted, TrainingError
 from gigamil.keyed import text_key
 from gigamil.memory.budget import chunks_to_keep, memory_budget
 from gigamil.metrics.task import is_better
@@ -128,6 +129,7 @@ class Trainer:
         self._memory_above = 0
         self._start: dict[str, torch.Tensor] = {}
         self._teacher: SlideModel | None = None
+        self._teacher_before: str | None = None  # digest, of a checkpoint
         generation = first_rank_says(ranks, self._store.find())  # a shared folder may look older to some ranks
         with all_or_none(ranks, device):
             model, state = self._load(generation)
@@ -198,6 +200,10 @@ class Trainer:
         """Everything that a rank reads by itself: data, model, checkpoint. No collective in here."""
         self.data = load_training_data(self.config)
         self._train, self._val = self.data.slides("train"), self.data.slides("val")
+        if self.config.science.sampling == "balanced" and len(set(self._train.strata)) < 2:
+            raise ConfigError(
+                "science.sampling=balanced draws training slides of all kinds equally often, and all are of one kind here: set it to uniform"
+            )
         self._identity = run_identity(self.config, self.data)
         science = self.config.science
         self._task = task_of_run(self.config, self.data)
@@ -220,13 +226,12 @@ class Trainer:
         slide_ids = list(data.splits.split_of())
         self._bags = data.bags(slide_ids)
         self._source = open_source(self.config, data.shards, slide_ids, self._device, data.paths, self._bags)
-        # A continued run has its weights from the checkpoint; these are to tell how far it has come from its start.
-        if science.warm_start is not None and (state is None or science.warm_start.is_dir()):
-            warm_start(model, science.warm_start)
+        is_started = science.warm_start is None or self._warm_started(model, needed=state is None)
         if science.regime.name == "taught":
             refuse_untaught(self.config, model, self._task)
             self._teacher = copy.deepcopy(model)
-        if self._ranks.topology.rank == 0:
+            self._refuse_other_teacher(model)
+        if self._ranks.topology.rank == 0 and is_started:
             trained = (
                 (name, p) for name, p in model.named_parameters() if name.startswith("encoder.") and p.requires_grad
             )
@@ -246,10 +251,43 @@ class Trainer:
                 )
         return model, state
 
+    def _warm_started(self, model: SlideModel, *, needed: bool) -> bool:
+        """Give a model the weights that it starts from; whether they are there.
+
+        A continued run has its own from the checkpoint; those of the start tell how far it has come, and are the teacher of a run
+        that is taught.
+        """
+        start = self.config.science.warm_start
+        assert start is not None
+        try:
+            warm_start(model, start)
+        except CheckpointError:
+            if needed or self._regime.name == "taught":
+                raise
+            return False
+        return True
+
+    def _refuse_other_teacher(self, model: SlideModel) -> None:
+        """Note which model teaches; refuse to go on with another one.
+
+        Raises:
+            ConfigError: the checkpoint's was another.
+        """
+        digest = hashlib.sha256()
+        for name, values in sorted(model.state_dict().items()):
+            digest.update(name.encode() + values.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        self._identity["teacher_sha256"] = digest.hexdigest()
+        if self._teacher_before not in (None, digest.hexdigest()):
+            raise ConfigError(
+                f"'{self.out}' was taught by another model than that of science.warm_start='{self.config.science.warm_start}'. Choose "
+                "another bookkeeping.out, or delete that folder to start again."
+            )
+
     def _resumed(self, generation: Path) -> TrainingState:
         """State of a checkpoint; where it stands goes to `progress`."""
         state, facts = self._store.read(generation)
         refuse_other_run(self._identity, facts, self.out)
+        self._teacher_before = facts.get("teacher_sha256")
         known = {name: facts[name] for name in Progress.__dataclass_fields__ if name != "spent"}
         self.progress = Progress(**known, spent=Spent(**facts.get("spent", {})))
         is_best_epoch_end = self.progress.epoch > 0 and not (
@@ -462,8 +500,10 @@ class Trainer:
             raise TrainingError(f"the prediction of validation slides {bad[:5]} is not finite")
         classes_S = self._task.class_numbers(self._val.target_SX)
         health: dict[str, float | None] = dict(monitor.values([] if classes_S is None else (classes_S == 0).tolist()))
-        if self._recorder is not None and (warning := self._attention.look(monitor)) is not None:
-            _log.warning("%s", warning)
+        if self._recorder is not None and self._evaluator.is_attention:
+            warning = self._attention.look(monitor)
+            if warning is not None:
+                _log.warning("%s", warning)
         # Ranks on unlike processors could differ in the last bit, and then on early stopping.
         values = validation_values(self._task, self._val.target_SX, logits_SK)
         return first_rank_says(self._ranks, values | health)

@@ -10,6 +10,7 @@ from torch import nn
 
 from gigamil.data.blocks import SlideGrid
 from gigamil.errors import ConfigError
+from gigamil.models.aggregator import min_tiles
 from gigamil.models.compiled import compile_encoder
 from gigamil.models.encoder import DenseEncoder, GivenFeatures
 from gigamil.models.fold import fold_batchnorm
@@ -53,6 +54,12 @@ def prepare_model(
         EnvironmentFault: `execution.compile` without a compiler.
     """
     refuse_small_bags(model, (*train.slide_ids, *val.slide_ids), (*train.sizes, *val.sizes))
+    regime = config.science.regime
+    if regime.name in ("sampled", "select") and regime.tiles < min_tiles(model.aggregator):
+        raise ConfigError(
+            f"science.regime.tiles={regime.tiles}: {config.science.aggregator.name} takes {min_tiles(model.aggregator)} tiles of a slide at "
+            "least. Take more, or another aggregator."
+        )
     if isinstance(model.encoder, GivenFeatures):
         return
     dense_geometry(model.encoder, config.slides)

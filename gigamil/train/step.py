@@ -188,6 +188,7 @@ class ExactStep:
         num_shown: int | None = None,
     ) -> None:
         self._num_shown = num_shown
+        self.is_attention = True  # what `evaluate` has shown last decides of slides; else it is made of scores
         self._turn = turn
         self._alone = alone
         self._couples = couples
@@ -325,6 +326,7 @@ class ExactStep:
         if bad_tile is not None:
             slide_id = self._keys.slide_ids[plan.slides[bad_tile[0]]]
             raise TrainingError(f"slide '{slide_id}': the embedding of tile {bad_tile[1]} is not finite")
+        self.is_attention = forward.pooled.attention_nA is not None
         shown = attention_of(forward.bag, forward.pooled, forward.logits_BK[:, : self._num_shown])
         return logits_SK, shown[: tiles.num_tiles]  # a group without a slide computes a blank one
 

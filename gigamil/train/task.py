@@ -37,9 +37,12 @@ def make_task(science: Science, classes: Sequence[Sequence[str]], target_TX: Ten
             task has, or two tasks of one column.
         CohortError: bins of time cannot be made; of no training slide a class is known, or all are censored.
     """
-    settings = (science.task, *science.also)
+    settings = science.task, *science.also
+    first_weights: Weights = science.class_weights
+    if science.sampling == "balanced" and first_weights == "balanced":
+        first_weights = "none"  # all classes come equally often already
     if not science.also:
-        return _make_one(science.task, science.class_weights, classes[0], target_TX)
+        return _make_one(science.task, first_weights, classes[0], target_TX)
     names = [task.columns[0] if task.columns else task.name for task in settings]
     if len(set(names)) < len(names):
         raise ConfigError(f"science.also: {', '.join(names)} must differ: tasks are told apart by their first column")
@@ -49,7 +52,8 @@ def make_task(science: Science, classes: Sequence[Sequence[str]], target_TX: Ten
         zip(settings, classes, target_TX.split(widths, dim=1), strict=True)
     ):
         # Numbers per class are of the first task.
-        weights = science.class_weights if number == 0 or isinstance(science.class_weights, str) else "balanced"
+        further = science.class_weights if isinstance(science.class_weights, str) else "balanced"
+        weights = further if number else first_weights
         tasks.append(_make_one(task, weights, own, target_TX_own))
     return Several(tuple(names), tuple(tasks), tuple(task.weight for task in settings))
 

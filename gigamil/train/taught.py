@@ -29,7 +29,6 @@ from gigamil.models.slide_model import SlideModel
 from gigamil.partition.schedule import StepPlan
 from gigamil.partition.spans import chunk_ranges
 from gigamil.tasks.classification import Multiclass
-from gigamil.tasks.ordinal import Ordinal
 from gigamil.tasks.task import Task
 from gigamil.train.plain import Engine
 from gigamil.train.step import Prepare, Ranks, StepResult, attention_of
@@ -239,8 +238,10 @@ def refuse_untaught(config: RunConfig, model: SlideModel, task: Task) -> None:
     if min_tiles(model.aggregator) > 1:
         name, number = type(model.aggregator).__name__, min_tiles(model.aggregator)
         raise ConfigError(f"{words} by a classifier that can look at one alone, and {name} takes {number} or more")
-    if not isinstance(task, Multiclass | Ordinal):
-        raise ConfigError(f"{words} the classes of slides: science.task.name must be binary, multiclass or ordinal")
+    if not isinstance(task, Multiclass):
+        raise ConfigError(
+            f"{words} the classes of slides: science.task.name must be binary or multiclass, without science.also"
+        )
 
 
 def _singles(embedding_nD: Tensor, key_n: Tensor | None) -> Bag:

@@ -5,7 +5,7 @@ import torch
 
 from gigamil.partition.schedule import plan_steps
 from gigamil.testing import exactness
-from gigamil.testing.exactness import World, own_tiles
+from gigamil.testing.exactness import Case, World, make_case_tiles, make_plan, own_tiles, predicted
 from gigamil.testing.ranks import run_on_ranks
 from gigamil.train.monitor import AttentionMonitor
 
@@ -35,3 +35,26 @@ def test_any_ranks_find_what_one_finds(num_ranks: int) -> None:
         for found in of_rank:
             for name, values in enumerate(wanted):
                 assert found[name] == pytest.approx(values, rel=1e-12, nan_ok=True)
+
+
+BLANK = [Case((3,), 1, name, chunk=2, keep="none") for name in ("gated_attention", "lse", "topk_mean")]
+
+
+def _noted(rank: int, num_ranks: int) -> list[tuple[int, list[float]]]:
+    """Rows of attention on this rank, and what is found of the slide, where some groups have none."""
+    world, found = World(rank, num_ranks), []
+    for case in BLANK:
+        ranks = world.ranks(case.group_size)
+        plan, monitor = make_plan(case, ranks.topology.num_groups), AttentionMonitor()
+        tiles, (_, attention_nA) = own_tiles(make_case_tiles(case)[0], plan, ranks.topology), predicted(case, world)
+        monitor.note(plan, tiles, attention_nA, ranks)
+        found.append((len(attention_nA) - tiles.num_tiles, monitor.max_n))
+    return found
+
+
+def test_groups_without_a_slide_show_nothing() -> None:
+    ((wanted,), *_) = [run_on_ranks(_noted, 1, 1)]
+    for of_rank in run_on_ranks(_noted, 3, 3):
+        for (surplus, max_n), (_, alone) in zip(of_rank, wanted, strict=True):
+            assert surplus == 0
+            assert max_n == pytest.approx(alone, rel=1e-12)

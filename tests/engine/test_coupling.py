@@ -104,6 +104,7 @@ def test_an_interrupted_chain_goes_on_where_it_was(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(coupling, "train_model", stopped)
     with pytest.raises(KeyboardInterrupt):
         train_coupled(config)
+    assert json.loads((config.bookkeeping.out / "run.json").read_text())["status"] == "interrupted"
     train_coupled(config)
     assert done == ["round1_bags", "stopped", "round1_tiles", "round2_bags"]
 
@@ -114,6 +115,18 @@ def test_other_settings_are_refused(tmp_path: Path) -> None:
     train_coupled_once(config)
     with pytest.raises(ConfigError, match=r"different: science.regime.tiles"):
         train_coupled(coupled(tmp_path, {"tiles": 9}))
+    path = config.bookkeeping.out / "run.json"
+    facts = json.loads(path.read_text())
+    del facts["coupling"]["science"]["science"]["bag"]  # of a version that did not know it
+    path.write_text(json.dumps(facts))
+    train_coupled_once(config)
+
+
+def test_what_cannot_be_taught_is_refused_before_anything_is_encoded(tmp_path: Path) -> None:
+    config = coupled(tmp_path, aggregator={"name": "topk_mean"})
+    with pytest.raises(ConfigError, match="by a classifier that can look at one alone"):
+        train_coupled(config)
+    assert not list(config.bookkeeping.out.glob("round*"))
 
 
 def train_coupled_once(config: RunConfig) -> None:
