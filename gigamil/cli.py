@@ -70,6 +70,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # added by `deepspeed --module gigamil doctor --dist`
     verbs = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
+    def add_plugin(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument(
+            "--plugin", action="append", default=[], metavar="MODULE", help="module that registers your parts"
+        )
+
     def verb(
         name: str, function: Callable[..., int], words: str, config: bool = True, file: str = "CONFIG.yaml"
     ) -> argparse.ArgumentParser:
@@ -86,9 +91,7 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument(
                 "--limit", type=int, metavar="N", help="only N slides of each split and class: a smoke run"
             )
-            sub.add_argument(
-                "--plugin", action="append", default=[], metavar="MODULE", help="module that registers your parts"
-            )
+            add_plugin(sub)
             sub.add_argument("--print_config", action="store_true", help="print the resolved configuration and stop")
         return sub
 
@@ -170,9 +173,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--out", type=Path, required=True, metavar="FILE", help="machine file to write")
     bench.add_argument("--ranks", type=_count, metavar="N", help="ranks of a node (its GPUs, or 2)")
     bench.add_argument("--quick", action="store_true", help="fewer sizes and rounds")
-    bench.add_argument(
-        "--plugin", action="append", default=[], metavar="MODULE", help="module that registers your parts"
-    )
+    add_plugin(bench)
     bench.set_defaults(limit=None, print_config=False)
     verb("train", _train, "train on execution.ranks ranks of this machine, or continue")
     verb("evaluate", _evaluate, "predict held-out slides; metrics with intervals, figures, report")
@@ -212,9 +213,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     predict.add_argument("--mpp", type=_positive, help="micron per pixel, for files that carry none")
     predict.add_argument("--no-heatmaps", action="store_true", help="numbers only")
+    add_plugin(predict)
     export = verb("export", _export, "the best model of a run: safetensors, JSON, and an MLflow model", config=False)
     export.add_argument("folder", type=Path, metavar="RUN", help="evaluated run")
     export.add_argument("--to", type=Path, metavar="DIR", help="folder (RUN/export)")
+    add_plugin(export)
     sync = verb("sync", _sync, "send a run folder to an MLflow server: what it does not have yet", config=False)
     sync.add_argument("folder", type=Path, metavar="RUN", help="run folder (bookkeeping.out); not while it is trained")
     sync.add_argument("--to", metavar="URI", help="http://HOST:PORT, ... (MLFLOW_TRACKING_URI, else RUN/mlflow.db)")
@@ -549,7 +552,12 @@ def _predict(arguments: argparse.Namespace, _overrides: Sequence[str]) -> int:
     from gigamil.predict import predict_files, predictions_text
 
     found = predict_files(
-        arguments.slides, arguments.run, arguments.to, mpp=arguments.mpp, heatmaps=not arguments.no_heatmaps
+        arguments.slides,
+        arguments.run,
+        arguments.to,
+        mpp=arguments.mpp,
+        heatmaps=not arguments.no_heatmaps,
+        plugins=arguments.plugin,
     )
     print(predictions_text(found))
     return 0
@@ -559,7 +567,7 @@ def _export(arguments: argparse.Namespace, _overrides: Sequence[str]) -> int:
     from gigamil.evaluate.exported import export_run
     from gigamil.evaluate.mlflow_export import save_mlflow_model
 
-    folder = export_run(arguments.folder, arguments.to or arguments.folder / "export")
+    folder = export_run(arguments.folder, arguments.to or arguments.folder / "export", plugins=arguments.plugin)
     model = save_mlflow_model(folder, folder / "mlflow")
     print(folder)
     print(f"mlflow models predict --env-manager local -m {model} -t csv -i slides.csv   # a column 'slide' of paths")

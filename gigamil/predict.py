@@ -16,6 +16,7 @@ from gigamil.evaluate.heatmap import heatmap_run
 from gigamil.evaluate.new_slides import NewSlides, tile_new
 from gigamil.evaluate.predictions import FILE_NAME, Predictions, write_predictions
 from gigamil.evaluate.values import Values, write_values
+from gigamil.registry import import_plugins
 from gigamil.tasks.classification import Multiclass
 from gigamil.tasks.ordinal import Ordinal
 from gigamil.tasks.store import save_task
@@ -35,7 +36,13 @@ def load_model(folder: Path | str, *, device: str = "auto") -> ExportedModel:
 
 
 def predict_files(
-    slides: Sequence[Path], run: Path, to: Path | None = None, *, mpp: float | None = None, heatmaps: bool = True
+    slides: Sequence[Path],
+    run: Path,
+    to: Path | None = None,
+    *,
+    mpp: float | None = None,
+    heatmaps: bool = True,
+    plugins: Sequence[str] = (),
 ) -> list[SlideResult]:
     """Predict slide files; writes predictions.csv, attention/ and heatmaps/. Tiles that are there already are used.
 
@@ -45,9 +52,11 @@ def predict_files(
         to: folder for all of it; None: `<run>/new_slides`.
         mpp: of files that carry none.
         heatmaps: draw them.
+        plugins: modules that register the parts of the model.
     Raises:
         SlideError: a file has no tiles; names it and why. Otherwise as `load_model` and `ExportedModel.predict`.
     """
+    import_plugins(plugins)
     model = load_model(run)
     folder = run / "new_slides" if to is None else to
     new = tile_new(model.config, slides, folder, mpp)

@@ -5,6 +5,7 @@ model.predict("slide.svs").values      # {"prob_normal": 0.03, "prob_tumour": 0.
 """
 
 import json
+import logging
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from gigamil.evaluate.summary import EVALUATION_FILE, read_evaluation
 from gigamil.files import file_sha256, parse_object, replace_file
 from gigamil.models.slide_model import SlideModel, build_model
 from gigamil.parallel.topology import Topology
+from gigamil.registry import import_plugins
 from gigamil.tasks.classification import Multiclass
 from gigamil.tasks.ordinal import Ordinal
 from gigamil.tasks.store import load_task, task_from_json, task_to_json
@@ -36,6 +38,7 @@ from gigamil.train.checkpoint import CheckpointStore
 from gigamil.train.records import versions
 from gigamil.train.worker import choose_device
 
+_log = logging.getLogger("gigamil")
 FORMAT = 1
 FACTS_FILE, WEIGHTS_FILE = "model.json", "weights.safetensors"
 _ENCODER = "encoder."
@@ -110,7 +113,7 @@ class ExportedModel:
         return SlideResult(slide_id, named, predicted, len(attention), attention)
 
 
-def export_run(run: Path, to: Path) -> Path:
+def export_run(run: Path, to: Path, *, plugins: Sequence[str] = ()) -> Path:
     """Write the best model of a run as `<to>/weights.safetensors` and `<to>/model.json`.
 
     A model on features is joined with the encoder that made them, so that it takes slides.
@@ -118,11 +121,13 @@ def export_run(run: Path, to: Path) -> Path:
     Args:
         run: folder of a run that is trained and evaluated.
         to: made if it is not there.
+        plugins: modules that register the parts of the model; `load_exported` imports them, wherever it is called.
     Raises:
         CohortError: the run was not evaluated.
         CheckpointError: it has no checkpoint, or a damaged one.
         ConfigError: it is no run; or it was trained on features of others, whose encoder nobody knows.
     """
+    import_plugins(plugins)
     found = _read_run(run)
     to.mkdir(parents=True, exist_ok=True)
     weights = to / WEIGHTS_FILE
@@ -136,6 +141,7 @@ def export_run(run: Path, to: Path) -> Path:
         "config": json.loads(found.config.model_dump_json()),
         "epoch": found.epoch,
         "sha256": file_sha256(weights),
+        "plugins": list(plugins),
         "versions": versions(),
     }
     replace_file(to / FACTS_FILE, (json.dumps(described, indent=1) + "\n").encode())
@@ -156,6 +162,7 @@ def load_exported(folder: Path | str, *, device: str = "auto") -> ExportedModel:
         device: auto, cpu or cuda.
     Raises:
         CheckpointError: it is no exported model, or a damaged one.
+        ConfigError: a module that registers its parts cannot be imported.
     """
     folder = Path(folder)
     path = folder / FACTS_FILE
@@ -167,10 +174,11 @@ def load_exported(folder: Path | str, *, device: str = "auto") -> ExportedModel:
     try:
         if file_sha256(folder / WEIGHTS_FILE) != facts["sha256"]:
             raise CheckpointError(f"'{folder / WEIGHTS_FILE}' is not what was exported; export the run again")
+        import_plugins(facts.get("plugins", ()))
         config = RunConfig.model_validate(facts["config"])
         task = task_from_json(json.dumps(facts["task"]))
         return _made(config, task, load_file(folder / WEIGHTS_FILE), facts.get("threshold"), device)
-    except CheckpointError:
+    except (CheckpointError, ConfigError):
         raise
     except (KeyError, ValueError, OSError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"'{folder}' cannot be loaded: {error}. Export the run again.") from error
@@ -232,11 +240,18 @@ def _without_run(config: RunConfig) -> RunConfig:
     execution = config.execution.model_copy(
         update={"ranks": 1, "group_size": None, "shard_cache": None, "halo": "read"}
     )
+    given = [f"slides.{key}" for key in ("masks", "coords") if getattr(config.slides, key) is not None]
+    if given:
+        _log.warning(
+            "%s of the run are of its own slides: tissue of new slides is found as slides.min_tissue says",
+            " and ".join(given),
+        )
     slides = config.slides.model_copy(update={"masks": None, "coords": None, "extra_mpp": ()})
+    source = "slides" if config.data.source == "slides" else "shards"  # what the encoder saw: pixels, or JPEG of them
     return RunConfig(
         cohort=Cohort(),
         slides=slides,
-        data=Data(),
+        data=Data(source=source),
         science=science,
         execution=execution,
         bookkeeping=Bookkeeping(name=config.bookkeeping.name, mlflow=False, progress=False),

@@ -4,6 +4,8 @@ import shutil
 import warnings
 from pathlib import Path
 
+import yaml
+
 from gigamil.evaluate.exported import FACTS_FILE, WEIGHTS_FILE, load_exported
 from gigamil.train.tracking import import_mlflow
 
@@ -44,4 +46,15 @@ def save_mlflow_model(exported: Path, to: Path) -> Path:
             )
     finally:
         shutil.rmtree(staging)
+    _forget_folders(to / "MLmodel")
     return to
+
+
+def _forget_folders(path: Path) -> None:
+    """Where the model was made is nobody's business, and would be wrong elsewhere: MLflow looks in the model itself."""
+    described = yaml.safe_load(path.read_text(encoding="utf-8"))
+    flavor = described["flavors"]["python_function"]
+    flavor["model_code_path"] = Path(flavor["model_code_path"]).name
+    for artifact in flavor["artifacts"].values():
+        artifact["uri"] = artifact["path"]
+    path.write_text(yaml.safe_dump(described, sort_keys=False), encoding="utf-8")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import gigamil
 from gigamil.cli import main
 from gigamil.config.schema import RunConfig
 from gigamil.errors import CheckpointError, CohortError, ConfigError
@@ -23,10 +24,11 @@ def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_demo_cohort(tmp_path_factory.mktemp("cohort"), num_slides=18, size_px=(500, 700), progress=False)
 
 
-def make_run(cohort: Path, out: Path, regime: str) -> Path:
+def make_run(cohort: Path, out: Path, regime: str, source: str = "shards") -> Path:
     config = {
         "cohort": {"table": cohort, "classes": ("normal", "tumour"), "test_fraction": 0.3, "val_fraction": 0.2},
         "slides": {"tile_px": 64, "tile_mpp": 1.0, "max_failed": 2},
+        "data": {"source": source},
         "science": {
             "regime": regime,
             "encoder": {"name": "small_cnn", "options": {"width": 4}},
@@ -77,6 +79,9 @@ def test_mlflow_predicts_for_a_slide(cohort: Path, run: Path, tmp_path: Path) ->
     assert main(["export", str(run), "--to", str(tmp_path / "export")]) == 0
     model = tmp_path / "export" / "mlflow"
     assert not [path for path in model.rglob("*") if path.suffix in (".pkl", ".pickle", ".pt", ".bin")]
+    folders = [str(path).encode() for path in (cohort.parent, run, tmp_path, Path(gigamil.__file__).parent)]
+    for path in (path for path in model.parent.rglob("*") if path.is_file()):
+        assert not [folder for folder in folders if folder in path.read_bytes()], path
     slide_id, wanted = predicted(run)
     table = tmp_path / "slides.csv"
     table.write_text(f"slide\n{cohort.parent / 'slides' / f'{slide_id}.tiff'}\n")
@@ -110,6 +115,25 @@ def test_model_on_features_takes_slides_once_its_encoder_is_joined(cohort: Path,
     slide_id, wanted = predicted(run)
     found = load_model(run, device="cpu").predict(cohort.parent / "slides" / f"{slide_id}.tiff")
     assert found.values == pytest.approx(wanted, abs=1e-5)
+
+
+def test_model_sees_the_pixels_that_its_run_saw(cohort: Path, tmp_path: Path) -> None:
+    run = make_run(cohort, tmp_path / "run", "end_to_end", source="slides")
+    slide_id, wanted = predicted(run)
+    found = load_model(run, device="cpu").predict(cohort.parent / "slides" / f"{slide_id}.tiff")
+    assert found.values == pytest.approx(wanted, abs=1e-7)  # JPEG between them would be 1e-4
+
+
+def test_modules_of_a_model_travel_with_it(run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "export"
+    assert main(["export", str(run), "--to", str(folder), "--plugin", "gigamil.testing.sleep"]) == 0
+    path = folder / "model.json"
+    facts = json.loads(path.read_text())
+    assert facts["plugins"] == ["gigamil.testing.sleep"]
+    load_exported(folder, device="cpu")
+    path.write_text(json.dumps(facts | {"plugins": ["no_such_module"]}))
+    with pytest.raises(ConfigError, match="no_such_module"):
+        load_exported(folder, device="cpu")
 
 
 def test_what_is_no_model_is_refused(run: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from gigamil.evaluate.comparison import compare_runs
 from gigamil.models.encoder import build_encoder
 from gigamil.study import run_study, study_folder
 from gigamil.testing.runs import tiny_run
+from gigamil.train.launch import RanksFailed
 
 
 def study_config(folder: Path, **cohort: Any) -> RunConfig:
@@ -58,10 +59,9 @@ def test_every_fold_and_seed_once(tmp_path: Path) -> None:
     assert len(set(parents.values())) == 1
     assert runs[next(iter(parents.values()))] == config.bookkeeping.name
 
-    before = {name: (out / name / "metrics.jsonl").stat().st_mtime_ns for name in names}
     (out / "report.html").unlink()
-    assert run_study(config, seeds=2)["auc"] == result["auc"]
-    assert {name: (out / name / "metrics.jsonl").stat().st_mtime_ns for name in names} == before
+    with patch.object(study, "run_pipeline", side_effect=AssertionError("done again")):
+        assert run_study(config, seeds=2)["auc"] == result["auc"]
     assert (out / "report.html").is_file()
 
     compared = compare_runs([out / "fold0_seed0", out / "fold0_seed1"], tmp_path / "both", num_bootstrap=100)
@@ -76,7 +76,7 @@ def test_a_fold_that_fails_does_not_stop_the_others(tmp_path: Path) -> None:
 
     def some(config: RunConfig, **named: Any) -> dict[str, Any]:
         if config.cohort.fold == 0:
-            raise CohortError("no slide of class 'light' in test")
+            raise RanksFailed("rank 1: no slide of class 'light' in test", 6)  # as training fails
         return run(config, **named)
 
     with patch.object(study, "run_pipeline", some):
@@ -84,10 +84,25 @@ def test_a_fold_that_fails_does_not_stop_the_others(tmp_path: Path) -> None:
     assert result["failed"] == ["fold0_seed0"]
     assert result["runs"] == 1
     report = (study_folder(config) / "report.html").read_text()
-    assert "fold 0, seed 0: no slide of class &#x27;light&#x27; in test" in report
+    assert "fold 0, seed 0: rank 1: no slide of class &#x27;light&#x27; in test" in report
     again = run_study(config)  # goes on with what has failed
     assert again["failed"] == []
     assert again["runs"] == 2
+
+
+def test_a_signal_ends_a_study_and_folds_that_are_not_asked_for_are_left_alone(tmp_path: Path) -> None:
+    config, begun = study_config(tmp_path, columns={"split": "no_such_column"}), []
+
+    def stopped(config: RunConfig, **_: Any) -> dict[str, Any]:
+        begun.append(config.bookkeeping.name)
+        raise RanksFailed("stopped by a signal after step 3", 5)
+
+    with patch.object(study, "run_pipeline", stopped):
+        for folds, wanted in ((None, "fold0_seed0"), ([1], "fold1_seed0")):
+            with pytest.raises(RanksFailed, match="stopped by a signal"):
+                run_study(config, folds=folds, seeds=2)
+            assert begun.pop() == wanted
+    assert not begun
 
 
 def test_all_fail(tmp_path: Path) -> None:

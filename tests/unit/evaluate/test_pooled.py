@@ -9,7 +9,7 @@ import pytest
 
 from gigamil.errors import CohortError
 from gigamil.evaluate.comparison import compare_runs, comparison_text
-from gigamil.evaluate.pooled import Member, read_pooled, write_study
+from gigamil.evaluate.pooled import Member, read_pooled, read_study, write_study
 from gigamil.evaluate.predictions import FILE_NAME, Predictions, write_predictions
 from gigamil.evaluate.report import evaluate_run
 from gigamil.evaluate.study_report import evaluate_study, gallery, write_study_report
@@ -25,7 +25,7 @@ def write_run(run: Path, slides: Sequence[int], scores: Sequence[float], *, fold
     probs_NK = np.stack([1 - np.asarray(scores), np.asarray(scores)], axis=1)
     predictions = Predictions(
         tuple(f"s{i:02d}" for i in slides),
-        tuple(f"p{i // 2}" for i in slides),
+        tuple(f"P{i // 2}" for i in slides),
         tuple(CLASSES[i % 2] for i in slides),
         ("test",) * len(slides),
         CLASSES,
@@ -94,6 +94,24 @@ def test_study_report_names_every_run_and_what_failed(study: Path) -> None:
     lines = (study / "predictions_out_of_fold.csv").read_text().splitlines()
     assert lines[0] == "slide_id,patient_id,fold,seed,true_label,prob_normal,prob_tumour"
     assert len(lines) == 1 + NUM
+    first = dict(zip(lines[0].split(","), lines[1].split(","), strict=True))
+    assert (first["slide_id"], first["patient_id"], first["true_label"]) == ("s00", "P0", "normal")
+
+
+def test_seeds_without_all_folds_are_left_out_by_name(study: Path) -> None:
+    """While a study runs: seed 0 has lost fold 1, which failed when it was tried again; seed 1 has both."""
+    folders = ["fold0_seed0", "fold1_seed0", "fold0_seed1", "fold1_seed1"]
+    failed = Member(1, 0, "fold1_seed0", error="was split otherwise")
+    write_study(study, [Member(0, 0, folders[0]), failed, Member(0, 1, folders[2]), Member(1, 1, folders[3])])
+    assert [member.is_finished for member in read_study(study)] == [True, False, True, True]
+    pooled = read_pooled(study)
+    assert (len(pooled), pooled.seeds, pooled.left_out) == (NUM, (1,), ("fold0_seed0",))
+    evaluation = evaluate_study(study, num_bootstrap=100, seed=0)
+    assert evaluation["left_out"] == ["fold0_seed0"]
+    assert [member["folder"] for member in evaluation["failed"]] == ["fold1_seed0"]
+    assert "for other folds of their seed are not finished: fold0_seed0." in write_study_report(study).read_text()
+    lines = (study / "predictions_out_of_fold.csv").read_text().splitlines()[1:]
+    assert {line.split(",")[3] for line in lines} == {"1"}
 
 
 def test_gallery_has_the_surest_of_each_kind(study: Path) -> None:
@@ -163,7 +181,42 @@ def test_what_cannot_be_compared_is_refused_by_name(tmp_path: Path) -> None:
         )
     other = tmp_path / "other"
     write_run(other, range(12), scores_of(range(12), 0, 1.0))
-    text = (other / FILE_NAME).read_text().replace("s00,p0,normal", "s00,p0,tumour")
+    text = (other / FILE_NAME).read_text().replace("s00,P0,normal", "s00,P0,tumour")
     (other / FILE_NAME).write_text(text)
     with pytest.raises(CohortError, match=r"know other labels of 1 slides, for example 's00'"):
         compare_runs([left, other], tmp_path / "both")
+
+
+def test_a_slide_that_several_draws_predict_has_no_delong(tmp_path: Path) -> None:
+    """The same slides in two folds, as Monte-Carlo draws have them: twice the slides would be half of p."""
+    for name, strength in (("a", 0.5), ("b", 2.0)):
+        for fold in range(2):
+            write_run(tmp_path / name / f"fold{fold}_seed0", range(NUM), scores_of(range(NUM), fold, strength))
+        write_study(tmp_path / name, [Member(fold, 0, f"fold{fold}_seed0") for fold in range(2)])
+    studies = [tmp_path / "a", tmp_path / "b"]
+    assert compare_runs(studies, tmp_path / "both", num_bootstrap=100)["runs"][1]["p_delong"] is None
+    alone = [folder / "fold0_seed0" for folder in studies]
+    assert compare_runs(alone, tmp_path / "one", num_bootstrap=100)["runs"][1]["p_delong"] is not None
+
+
+def test_training_slides_and_other_units_are_not_compared(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / name, range(NUM), scores_of(range(NUM), 0, 1.0)) for name in "ab"]
+    path = runs[1] / FILE_NAME
+    text = path.read_text()
+    path.write_text(text.replace(",test,", ",train,"))
+    with pytest.raises(CohortError, match="'b' predicts training slides only"):
+        compare_runs(runs, tmp_path / "out", num_bootstrap=100)
+    path.write_text(text.replace(",test,", ",val,"))
+    found = compare_runs(runs, tmp_path / "out", num_bootstrap=100)
+    assert found["of_validation"] == ["b"]
+    assert "which chose the epoch" in (tmp_path / "out" / "comparison.html").read_text()
+    path.write_text(text)
+    evaluation = json.loads((runs[1] / "evaluation.json").read_text())
+    (runs[1] / "evaluation.json").write_text(json.dumps(evaluation | {"unit": "patient"}))
+    with pytest.raises(CohortError, match="predictions of slides and of patients .* 'a' of slides, 'b' of patients"):
+        compare_runs(runs, tmp_path / "out", num_bootstrap=100)
+
+
+def test_a_run_folder_stands_for_its_study(study: Path, tmp_path: Path) -> None:
+    found = compare_runs([study.parent, study / "fold0_seed0"], tmp_path / "out", num_bootstrap=100)
+    assert found["runs"][0]["num_runs"] == 4
