@@ -15,7 +15,7 @@ from typing import Any
 from gigamil.config.load import to_yaml
 from gigamil.config.schema import Regime, RunConfig
 from gigamil.errors import ConfigError, Interrupted
-from gigamil.evaluate.features import cache_features, encoder_of_features, refuse_stale
+from gigamil.evaluate.features import cache_features
 from gigamil.files import replace_file
 from gigamil.metrics.task import is_better
 from gigamil.models.slide_model import build_model
@@ -26,6 +26,7 @@ from gigamil.train.engine import TrainingState
 from gigamil.train.follow import METRICS
 from gigamil.train.identity import refuse_other_run, run_identity
 from gigamil.train.records import RunRecord, versions
+from gigamil.train.stale import encoder_of_features, refuse_stale
 from gigamil.train.task import task_of_run
 from gigamil.train.taught import refuse_untaught
 from gigamil.train.tracking import one_store

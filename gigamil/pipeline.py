@@ -31,7 +31,7 @@ from gigamil.data.targets import load_target_table, read_targets
 from gigamil.data.tile import refuse_failures, tile_cohort
 from gigamil.errors import CohortError, ConfigError, EnvironmentFault, ShardError
 from gigamil.evaluate.attention import Box, attention_path, write_attention
-from gigamil.evaluate.features import cache_features, refuse_stale
+from gigamil.evaluate.features import cache_features
 from gigamil.evaluate.heatmap import heatmap_run
 from gigamil.evaluate.new_slides import tile_new
 from gigamil.evaluate.picture import ReadTiles
@@ -117,13 +117,10 @@ def train_model(config: RunConfig, *, plugins: Sequence[str] = ()) -> dict[str, 
     """Train, or continue: `gigamil.train.api.train_model`, or the phases of `gigamil.coupling.train_coupled`.
 
     Raises:
-        ShardError: features are stale (`refuse_stale`).
         GigamilError: as these.
     """
     import_plugins(plugins)
     if config.science.regime.name != "coupled":
-        if config.data.source == "features" and config.data.features is None:
-            refuse_stale(config, load_training_data(config))
         return api.train_model(config, plugins=plugins)
     return train_coupled(config, plugins=plugins, say=lambda words: _say(config.bookkeeping.progress, "train", words))
 

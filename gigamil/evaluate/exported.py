@@ -21,7 +21,6 @@ from gigamil.config.load import load_config
 from gigamil.config.schema import Bookkeeping, Cohort, Data, RunConfig
 from gigamil.errors import CheckpointError, CohortError, ConfigError
 from gigamil.evaluate.attention import Attention
-from gigamil.evaluate.features import encoder_of_features
 from gigamil.evaluate.new_slides import NewSlides, tile_new
 from gigamil.evaluate.predict import predict_slides
 from gigamil.evaluate.report import CONFIG_FILE
@@ -36,6 +35,7 @@ from gigamil.tasks.store import load_task, task_from_json, task_to_json
 from gigamil.tasks.task import Task
 from gigamil.train.checkpoint import CheckpointStore
 from gigamil.train.records import versions
+from gigamil.train.stale import encoder_of_features
 from gigamil.train.worker import choose_device
 
 _log = logging.getLogger("gigamil")

@@ -5,7 +5,6 @@ Shapes: N tiles of a slide, n tiles of a call, D embedding.
 """
 
 import argparse
-import hashlib
 import json
 import logging
 import os
@@ -16,7 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -26,13 +24,10 @@ from gigamil.config.load import load_config, to_yaml
 from gigamil.config.schema import RunConfig
 from gigamil.data.augment import to_float
 from gigamil.data.features import features_folder, features_path
-from gigamil.data.h5 import Attribute, read_features, read_features_header, trident_attributes, write_features
+from gigamil.data.h5 import Attribute, read_features_header, trident_attributes, write_features
 from gigamil.data.images import ChunkFeed
 from gigamil.data.pipeline import StepLoader, StepTiles
 from gigamil.errors import (
-    CheckpointError,
-    ConfigError,
-    EnvironmentFault,
     GigamilError,
     Interrupted,
     ShardError,
@@ -41,9 +36,8 @@ from gigamil.errors import (
 from gigamil.files import replace_file
 from gigamil.lock import folder_lock
 from gigamil.memory.budget import memory_budget
-from gigamil.models.encoder import DenseEncoder, TileEncoder
+from gigamil.models.encoder import TileEncoder
 from gigamil.models.probe import refuse_tile_mixing
-from gigamil.models.slide_model import build_encoder_alone
 from gigamil.parallel.topology import Topology, detect_topology
 from gigamil.partition.schedule import plan_steps
 from gigamil.partition.spans import chunk_ranges
@@ -52,16 +46,13 @@ from gigamil.shards.cache import ShardCache
 from gigamil.shards.manifest import SlideManifest
 from gigamil.shards.read import ShardSet
 from gigamil.train.agree import StopSignals
-from gigamil.train.checkpoint import CheckpointStore
-from gigamil.train.cohort import TrainingData, open_source, pictured_shards
+from gigamil.train.cohort import open_source
 from gigamil.train.launch import launch_ranks, report_outcome, restore_devices
 from gigamil.train.prepare import set_batchnorm
+from gigamil.train.stale import Kind, encoder_attributes, encoder_of_features, kind_of_features
 from gigamil.train.worker import choose_device
 
 _log = logging.getLogger("gigamil")
-Kind = Literal["float32", "float16"]
-_ENCODER_PART = "encoder."
-_MAX_LISTED = 20
 
 
 @dataclass(frozen=True)
@@ -151,46 +142,6 @@ def cache_features(
     )
 
 
-def refuse_stale(config: RunConfig, data: TrainingData) -> None:
-    """Refuse features in `<out>/features` that the configured encoder would not make of the tiles there are now.
-
-    Where the encoder's library or weights are not there any more, nothing can be compared, and the log says so. Features of others
-    are taken as they are.
-
-    Args:
-        data: from `load_training_data`.
-    Raises:
-        ShardError: lists the slides.
-    Cost: loads the encoder, and reads the header of each file.
-    """
-    folder = features_folder(config)
-    try:
-        encoder = encoder_of_features(config)
-    except (ConfigError, EnvironmentFault, CheckpointError) as error:
-        _log.warning("whether the features in '%s' are of the encoder as it is now was not checked: %s", folder, error)
-        return
-    wanted = _encoder_attributes(config, encoder, kind_of_features(folder))["encoder_sha256"]
-    slide_ids, shards = list(data.splits.split_of()), pictured_shards(config, data.shards)
-    there = set(slide_ids) & set(shards.slide_ids) if shards else set()
-    tiles_of = {slide_id: shards.manifest(slide_id).index.sha256 for slide_id in there} if shards else {}
-    stale = []
-    for slide_id in slide_ids:
-        attributes = read_features_header(features_path(folder, slide_id)).attrs
-        if "encoder_sha256" not in attributes:
-            continue
-        if attributes["encoder_sha256"] != wanted:
-            stale.append(f"slide '{slide_id}': of another encoder, or of other weights, options or precision")
-        elif slide_id in tiles_of and attributes.get("tiles_sha256") != tiles_of[slide_id]:
-            stale.append(f"slide '{slide_id}': of other tiles than those of now")
-    if stale:
-        more = f"\n  and {len(stale) - _MAX_LISTED} more" if len(stale) > _MAX_LISTED else ""
-        listed = "\n  ".join(stale[:_MAX_LISTED])
-        raise ShardError(
-            f"{len(stale)} of {len(slide_ids)} slides have stale features in '{folder}':\n  {listed}{more}\nRun `gigamil features` again; it "
-            "encodes these slides only."
-        )
-
-
 def encode_share(
     config: RunConfig,
     folder: Path,
@@ -246,37 +197,6 @@ def encode_share(
     return failures
 
 
-def kind_of_features(folder: Path) -> Kind:
-    """Kind of the numbers in the files of a folder; float32 where there are none."""
-    for path in sorted(folder.glob("*.h5")):
-        try:
-            return "float16" if read_features(path, 0, 0).features_ND.dtype == np.float16 else "float32"
-        except ShardError:  # damaged: it will be written anew
-            continue
-    return "float32"
-
-
-def encoder_of_features(config: RunConfig) -> TileEncoder:
-    """The encoder as training would start with it, in evaluation mode, on the CPU."""
-    science = config.science
-    encoder = build_encoder_alone(science)
-    if science.warm_start is not None:
-        found = CheckpointStore(science.warm_start / "checkpoints").load_parameters("best")
-        part = {name.removeprefix(_ENCODER_PART): v for name, v in found.items() if name.startswith(_ENCODER_PART)}
-        try:
-            encoder.load_state_dict(part)
-        except RuntimeError as error:
-            raise ShardError(
-                f"science.warm_start: the model in '{science.warm_start}' has another encoder than science.encoder: {error}"
-            ) from error
-    if isinstance(encoder, DenseEncoder):
-        raise ConfigError(
-            f"encoder '{science.encoder.name}' is dense: it looks beyond the borders of a tile, and `gigamil features` encodes "
-            "tiles one by one. Set science.encoder.dense to null, take an encoder of tiles, or train end to end."
-        )
-    return encoder.eval().requires_grad_(False)
-
-
 @torch.no_grad()
 def _encode(
     config: RunConfig,
@@ -303,17 +223,6 @@ def _encode(
     return embedding_ND
 
 
-def _encoder_attributes(config: RunConfig, encoder: TileEncoder, kind: Kind) -> dict[str, Attribute]:
-    """What made the features: its name, and a digest of everything that decides them but the tiles."""
-    part = config.science.encoder
-    settings = {"name": part.name, "options": part.options, "precision": config.science.precision, "kind": kind}
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for name, values in sorted(encoder.state_dict().items()):
-        digest.update(f"{name} {tuple(values.shape)} {values.dtype}".encode())
-        digest.update(values.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return {"encoder": part.name, "encoder_sha256": digest.hexdigest()}
-
-
 def _slide_attributes(manifest: SlideManifest) -> dict[str, Attribute]:
     return trident_attributes(manifest) | {
         "bounds_x_px0": manifest.bounds_x_px0,
@@ -326,7 +235,7 @@ def _unfinished(
     config: RunConfig, shards: ShardSet, folder: Path, kind: Kind, encoder: TileEncoder
 ) -> dict[str, dict[str, Attribute]]:
     """Slides that have no such features yet, and the attributes that their files will have."""
-    made_by = _encoder_attributes(config, encoder, kind)
+    made_by = encoder_attributes(config, encoder, kind)
     wanted = {slide_id: made_by | _slide_attributes(shards.manifest(slide_id)) for slide_id in shards.slide_ids}
     return {
         slide_id: attributes

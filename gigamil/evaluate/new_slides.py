@@ -10,8 +10,9 @@ from gigamil.data.cohort import load_cohort
 from gigamil.data.features import features_folder
 from gigamil.data.scan import slide_id_of
 from gigamil.data.tile import refuse_failures, tile_cohort
-from gigamil.evaluate.features import cache_features, kind_of_features
+from gigamil.evaluate.features import cache_features
 from gigamil.train.cohort import TiledSlides, open_tiles
+from gigamil.train.stale import kind_of_features
 
 
 class NewSlides(NamedTuple):

@@ -48,6 +48,7 @@ from gigamil.train.records import git_commit, versions
 from gigamil.train.schedule import learning_rates
 from gigamil.train.select import sampled_plans, selected_plan
 from gigamil.train.spent import Spent
+from gigamil.train.stale import refuse_stale
 from gigamil.train.step import FEATURE_ROWS, ExactStep, Ranks, StepResult, fit_chunk
 from gigamil.train.stragglers import AgreedShares, RankMeter, StragglerWatch, shares_by_speed
 from gigamil.train.system import sample_system
@@ -206,6 +207,8 @@ class Trainer:
             )
         self._identity = run_identity(self.config, self.data)
         science = self.config.science
+        if self._is_on_features and self._ranks.topology.rank == 0:  # one of them has to load the encoder for it
+            refuse_stale(self.config, self.data)
         self._task = task_of_run(self.config, self.data)
         self._score_name = chosen_metric(science, self._task)
         model = build_model(science, self._task.num_outputs, self.data.dim)

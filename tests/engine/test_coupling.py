@@ -10,11 +10,11 @@ import torch
 from gigamil.config.schema import RunConfig
 from gigamil.coupling import phase_config, phases, train_coupled
 from gigamil.errors import ConfigError
-from gigamil.evaluate.features import encoder_of_features
 from gigamil.pipeline import evaluate_model, train_model
 from gigamil.testing.runs import tiny_run
 from gigamil.train.checkpoint import CheckpointStore
 from gigamil.train.loop import Trainer
+from gigamil.train.stale import encoder_of_features
 
 
 def coupled(folder: Path, regime: dict[str, Any] | None = None, **science: Any) -> RunConfig:

@@ -18,7 +18,7 @@ from gigamil.errors import Interrupted, ShardError
 from gigamil.evaluate import features as module
 from gigamil.evaluate import heatmap
 from gigamil.evaluate.attention import Attention, attention_path, write_attention
-from gigamil.evaluate.features import cache_features, encode_share, kind_of_features, refuse_stale
+from gigamil.evaluate.features import cache_features, encode_share
 from gigamil.evaluate.predictions import FILE_NAME, Predictions, write_predictions
 from gigamil.lock import folder_lock
 from gigamil.models.encoder import SmallCNN, encoders
@@ -28,6 +28,7 @@ from gigamil.shards.read import ShardSet
 from gigamil.testing.runs import CLASSES, SIZES, TILE_PX, tiny_run
 from gigamil.testing.shards import make_shards, noise_jpegs
 from gigamil.train.cohort import load_training_data
+from gigamil.train.stale import kind_of_features, refuse_stale
 
 CPU = torch.device("cpu")
 
