@@ -49,7 +49,7 @@ from gigamil.train.agree import StopSignals
 from gigamil.train.cohort import open_source
 from gigamil.train.launch import launch_ranks, report_outcome, restore_devices
 from gigamil.train.prepare import set_batchnorm
-from gigamil.train.stale import Kind, encoder_attributes, encoder_of_features, kind_of_features
+from gigamil.train.stale import Kind, encoder_attributes, encoder_of_features, kind_of_features, note_time
 from gigamil.train.worker import choose_device
 
 _log = logging.getLogger("gigamil")
@@ -131,14 +131,18 @@ def cache_features(
         raise ShardError(f"{len(failures)} of {number} slides could not be encoded; the others are done:\n{lines}")
     written = [slide_id for slide_id in shards.slide_ids if after[slide_id] != before.get(slide_id)]
     sizes = {slide_id: shards.manifest(slide_id).num_tiles for slide_id in shards.slide_ids}
+    seconds = time.monotonic() - start
+    num_encoded = sum(sizes[slide_id] for slide_id in written)
+    if num_encoded:
+        note_time(folder, num_encoded, seconds, config.execution.ranks)
     return FeaturesReport(
         folder=folder,
         num_slides=len(sizes),
         num_written=len(written),
         num_tiles=sum(sizes.values()),
-        num_encoded=sum(sizes[slide_id] for slide_id in written),
+        num_encoded=num_encoded,
         dim=read_features_header(features_path(folder, shards.slide_ids[0])).dim,
-        seconds=time.monotonic() - start,
+        seconds=seconds,
     )
 
 

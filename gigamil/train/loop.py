@@ -19,6 +19,7 @@ from tqdm import tqdm
 from gigamil.config.schema import RunConfig
 from gigamil.data.augment import augment_block, augment_tiles, draw_turn
 from gigamil.data.blocks import SlideGrid
+from gigamil.data.features import features_folder
 from gigamil.data.pipeline import DrawKeys, StepLoader, StepTiles
 from gigamil.errors import CheckpointError, ConfigError, GigamilError, Interrupted, TrainingError
 from gigamil.keyed import text_key
@@ -48,7 +49,7 @@ from gigamil.train.records import git_commit, versions
 from gigamil.train.schedule import learning_rates
 from gigamil.train.select import sampled_plans, selected_plan
 from gigamil.train.spent import Spent
-from gigamil.train.stale import refuse_stale
+from gigamil.train.stale import read_time, refuse_stale
 from gigamil.train.step import FEATURE_ROWS, ExactStep, Ranks, StepResult, fit_chunk
 from gigamil.train.stragglers import AgreedShares, RankMeter, StragglerWatch, shares_by_speed
 from gigamil.train.system import sample_system
@@ -240,8 +241,7 @@ class Trainer:
             )
             self._start = {name: parameter.detach().clone() for name, parameter in trained}
         if state is None:
-            encoded = sum(self._train.sizes) if self._is_on_features else 0  # once, by whoever made the features
-            self.progress = replace(self.progress, spent=Spent(tile_forwards=encoded))
+            self.progress = replace(self.progress, spent=self._spent_on_features())
             if self._is_on_features and self._ranks.topology.rank == 0 and unused_keys(self.config):
                 _log.warning(
                     "data.source=features trains no encoder; not used: %s", ", ".join(unused_keys(self.config))
@@ -253,6 +253,14 @@ class Trainer:
                     science.encoder.name,
                 )
         return model, state
+
+    def _spent_on_features(self) -> Spent:
+        """What whoever made the features has spent on the training slides, of whose tiles each was encoded once."""
+        if not self._is_on_features:
+            return Spent()
+        encoded, taken = sum(self._train.sizes), read_time(features_folder(self.config))
+        share = encoded / taken.tiles if taken.tiles else 0.0
+        return Spent(tile_forwards=encoded, seconds=share * taken.seconds, rank_seconds=share * taken.rank_seconds)
 
     def _warm_started(self, model: SlideModel, *, needed: bool) -> bool:
         """Give a model the weights that it starts from; whether they are there.
@@ -406,7 +414,10 @@ class Trainer:
 
     def _spend(self, plan: StepPlan, train_encoder: bool, seconds: float) -> None:
         is_taught = self._teacher is not None
-        kept = sum(plan.sizes) if is_taught else self._step.num_keep * self._step.chunk
+        step = self._step
+        kept: int | float = sum(plan.sizes)
+        if isinstance(step, ExactStep):
+            kept = step.num_keep * step.chunk if self._geometry is None else step.kept_share
         spent = self.progress.spent.plus_step(
             plan, kept=kept, train_encoder=train_encoder, on_features=self._is_on_features
         )

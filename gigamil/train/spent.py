@@ -23,18 +23,22 @@ class Spent:
     seconds: float = 0.0
     rank_seconds: float = 0.0
 
-    def plus_step(self, plan: StepPlan, *, kept: int, train_encoder: bool, on_features: bool) -> Self:
+    def plus_step(self, plan: StepPlan, *, kept: float, train_encoder: bool, on_features: bool) -> Self:
         """With a step added.
 
         Args:
-            kept: tiles of a rank, at most, whose graphs are kept.
+            kept: tiles of a rank, at most, whose graphs are kept; or the share of them, of dense encoders, whose blocks differ in size.
             train_encoder: False encodes every tile once.
             on_features: nothing is encoded.
         """
         tiles = sum(plan.sizes)
         forwards = 0 if on_features else tiles
         if train_encoder and not on_features:
-            forwards += sum(max(0, own - kept) for group in range(len(plan.groups)) for own in plan.counts(group))
+            counts = [own for group in range(len(plan.groups)) for own in plan.counts(group)]
+            if isinstance(kept, float):
+                forwards += round(sum(counts) * (1 - kept))
+            else:
+                forwards += sum(max(0, own - kept) for own in counts)
         return replace(self, tiles=self.tiles + tiles, tile_forwards=self.tile_forwards + forwards)
 
     def plus_forwards(self, tiles: int) -> Self:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from gigamil.config.schema import RunConfig
 from gigamil.data.features import features_folder, features_path
 from gigamil.data.h5 import Attribute, read_features, read_features_header
 from gigamil.errors import CheckpointError, ConfigError, EnvironmentFault, ShardError
+from gigamil.files import parse_object, replace_file
 from gigamil.models.encoder import DenseEncoder, TileEncoder
 from gigamil.models.slide_model import build_encoder_alone
 from gigamil.train.checkpoint import CheckpointStore
@@ -22,6 +23,37 @@ _log = logging.getLogger("gigamil")
 Kind = Literal["float32", "float16"]
 _ENCODER_PART = "encoder."
 _MAX_LISTED = 20
+
+
+class Taken(NamedTuple):
+    """Tiles that were encoded, and the seconds of it; times the number of ranks."""
+
+    tiles: float = 0.0
+    seconds: float = 0.0
+    rank_seconds: float = 0.0
+
+
+def note_time(folder: Path, tiles: int, seconds: float, num_ranks: int) -> None:
+    """Add to what making the features of a folder took, in `<folder>.spent.json`."""
+    before = read_time(folder)
+    now = Taken(before.tiles + tiles, before.seconds + seconds, before.rank_seconds + seconds * num_ranks)
+    replace_file(_spent_file(folder), (json.dumps(now._asdict()) + "\n").encode())
+
+
+def read_time(folder: Path) -> Taken:
+    """What making the features of a folder took; nothing of features of others."""
+    path = _spent_file(folder)
+    if not path.is_file():
+        return Taken()
+    found = parse_object(
+        path.read_text(encoding="utf-8"), f"'{path}'", "delete it: it only says how long features took"
+    )
+    return Taken(*(float(found.get(name, 0)) for name in Taken._fields))
+
+
+def _spent_file(folder: Path) -> Path:
+    there = folder.resolve()  # of a study's runs a link
+    return there.with_name(f"{there.name}.spent.json")
 
 
 def refuse_stale(config: RunConfig, data: TrainingData) -> None:

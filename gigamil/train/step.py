@@ -188,6 +188,7 @@ class ExactStep:
         num_shown: int | None = None,
     ) -> None:
         self._num_shown = num_shown
+        self.kept_share = 0.0  # of this rank's tiles of the last step those whose graphs were kept
         self.is_attention = True  # what `evaluate` has shown last decides of slides; else it is made of scores
         self._turn = turn
         self._alone = alone
@@ -363,6 +364,9 @@ class ExactStep:
         plan, group = calls.plan, self._ranks.topology.group
         with self._alone():
             chunks, embedding_nD = calls.encode_all(keep)
+        if keep and chunks:
+            rows = [chunk.stop - chunk.start for chunk in chunks]
+            self.kept_share = sum(rows[: self.num_keep]) / max(1, sum(rows))
         embedding_nD.requires_grad_(torch.is_grad_enabled())
         if not plan.groups[group]:
             return self._forward_blank(chunks, embedding_nD, is_training and label_B is not None, is_training)

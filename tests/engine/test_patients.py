@@ -11,7 +11,7 @@ import pytest
 
 from gigamil.config.load import absolute_paths
 from gigamil.config.schema import RunConfig
-from gigamil.errors import CohortError, ConfigError
+from gigamil.errors import CohortError
 from gigamil.evaluate.attention import attention_path, read_attention
 from gigamil.evaluate.features import cache_features
 from gigamil.evaluate.pooled import read_pooled
@@ -19,6 +19,7 @@ from gigamil.evaluate.predictions import read_predictions
 from gigamil.pipeline import evaluate_model, split_cohort, train_model
 from gigamil.testing.faults import step_losses
 from gigamil.testing.shards import make_shards, noise_jpegs
+from gigamil.train.launch import RanksFailed
 
 TILE_PX = 32
 PARTS = ((5, 9), (7,), (3, 4, 8), (11, 2), (6, 6), (1, 13), (9,), (4, 5))  # tiles of the slides of each patient
@@ -112,7 +113,7 @@ def test_what_takes_slides_one_by_one(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="science.bag=patient with science.regime=coupled"):
         RunConfig.model_validate({"science": {"bag": "patient", "regime": "coupled"}})
     dense = {"encoder": {"name": "small_dense_cnn", "options": {"width": 4, "pool": 2}}}
-    with pytest.raises(ConfigError, match="science.bag=patient with a dense encoder"):
+    with pytest.raises(RanksFailed, match="science.bag=patient with a dense encoder"):
         train_model(_config(tmp_path, joined=False, out="dense", science=dense))
 
 

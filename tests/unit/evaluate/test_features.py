@@ -28,7 +28,7 @@ from gigamil.shards.read import ShardSet
 from gigamil.testing.runs import CLASSES, SIZES, TILE_PX, tiny_run
 from gigamil.testing.shards import make_shards, noise_jpegs
 from gigamil.train.cohort import load_training_data
-from gigamil.train.stale import kind_of_features, refuse_stale
+from gigamil.train.stale import kind_of_features, read_time, refuse_stale
 
 CPU = torch.device("cpu")
 
@@ -275,3 +275,16 @@ def test_features_of_others_are_taken_as_they_are(config: RunConfig) -> None:
                 for name in ("encoder", "encoder_sha256", "tiles_sha256"):
                     holder.attrs.pop(name, None)
     refuse_stale(run, load_training_data(run))
+
+
+def test_what_making_them_took_is_added_up(config: RunConfig) -> None:
+    folder, number = config.bookkeeping.out / "features", sum(SIZES)
+    first = read_time(folder)
+    assert first.tiles == number
+    assert 0 < first.seconds == first.rank_seconds
+    cache_features(config)
+    assert read_time(folder) == first, "nothing was encoded"
+    next(folder.glob("*.h5")).unlink()
+    cache_features(config)
+    assert number < read_time(folder).tiles < 2 * number
+    assert read_time(folder).seconds > first.seconds

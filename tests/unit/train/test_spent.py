@@ -8,7 +8,7 @@ def test_forwards_of_a_step_are_those_of_all_ranks() -> None:
     (plan,) = plan_steps([0, 1], [7, 4], 2, 1, 2)  # 11 tiles: ranks own 6 and 5
     assert sorted(plan.counts(0)) == [5, 6]
 
-    def forwards(kept: int, train_encoder: bool = True, on_features: bool = False) -> int:
+    def forwards(kept: float, train_encoder: bool = True, on_features: bool = False) -> int:
         spent = Spent().plus_step(plan, kept=kept, train_encoder=train_encoder, on_features=on_features)
         assert spent.tiles == 11
         return spent.tile_forwards
@@ -16,6 +16,7 @@ def test_forwards_of_a_step_are_those_of_all_ranks() -> None:
     assert forwards(kept=0) == 22  # each once more for its backward
     assert forwards(kept=6) == 11  # all graphs are kept
     assert forwards(kept=2) == 11 + 4 + 3
+    assert forwards(kept=0.25) == 11 + 8
     assert forwards(kept=0, train_encoder=False) == 11
     assert forwards(kept=0, on_features=True) == 0
 
