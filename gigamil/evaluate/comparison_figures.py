@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from gigamil.evaluate.comparison import Comparison
 
 _ROW = 0.42  # inches
+_MOST_MARKED = 40  # points of a curve, beyond which they would be a band
 _AXES = {"tile_forwards": "Tile forwards", "rank_seconds": "Seconds x ranks"}
 
 
@@ -72,7 +73,7 @@ def draw_curves(histories: Mapping[str, Sequence[History]], out_png: Path) -> No
                     axes.plot(
                         getattr(history, key),
                         history.val_score,
-                        marker="o",
+                        marker="o" if len(history.val_score) <= _MOST_MARKED else None,
                         markersize=4,
                         label=label,
                         alpha=alpha,

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import psutil
 import torch
@@ -21,7 +21,11 @@ from gigamil.config.load import to_yaml
 from gigamil.config.schema import RunConfig
 from gigamil.testing.nodes import Launcher, Nodes, last_words, start_on_nodes, wait_for_all
 from gigamil.testing.runs import tiny_run
+from gigamil.train.agree import StopSignals
 from gigamil.train.checkpoint import CheckpointStore
+
+if TYPE_CHECKING:
+    from gigamil.train.loop import Trainer
 
 Kind = Literal["kill", "freeze", "node", "frozen-node", "cut", "term"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -32,6 +36,23 @@ _START_S, _RUN_S = 240.0, 420.0  # four ranks may share two cores
 # A checkpoint each 0.3 s: some steps are made again after a fault, and some faults hit while one is written.
 _CHECKPOINT_MINUTES = 0.005
 _EPOCHS = 4  # of four steps
+
+
+class StopAfter(StopSignals):
+    """A signal that comes after a step."""
+
+    def __init__(self, step: int) -> None:
+        self._step = step
+        super().__init__()
+        self.trainer: Trainer | None = None
+
+    @property
+    def asked(self) -> bool:
+        return self.trainer is not None and self.trainer.progress.step >= self._step
+
+    @asked.setter
+    def asked(self, value: bool) -> None:
+        """Real signals do not matter here."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,8 @@
 """Iterative coupling: phases one after the other, each from the one before; the best classifier on validation slides is kept."""
 
 import json
+import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +11,18 @@ import torch
 
 from gigamil.config.schema import RunConfig
 from gigamil.coupling import phase_config, phases, train_coupled
-from gigamil.errors import ConfigError
+from gigamil.errors import ConfigError, Interrupted
+from gigamil.parallel.topology import Topology
 from gigamil.pipeline import evaluate_model, train_model
+from gigamil.testing.faults import StopAfter
+from gigamil.testing.ranks import run_on_ranks
 from gigamil.testing.runs import tiny_run
+from gigamil.train.agree import StopSignals
 from gigamil.train.checkpoint import CheckpointStore
+from gigamil.train.engine import make_ranks, skip_kernel_build
 from gigamil.train.loop import Trainer
 from gigamil.train.stale import encoder_of_features
+from gigamil.train.step import Ranks
 
 
 def coupled(folder: Path, regime: dict[str, Any] | None = None, **science: Any) -> RunConfig:
@@ -109,6 +117,76 @@ def test_an_interrupted_chain_goes_on_where_it_was(tmp_path: Path, monkeypatch: 
     assert done == ["round1_bags", "stopped", "round1_tiles", "round2_bags"]
 
 
+def _teach(rank: int, num_ranks: int, jobs: list[tuple[RunConfig, int | None]]) -> None:
+    skip_kernel_build()
+    for config, stop_after in jobs:
+        topology = Topology(num_ranks, rank, rank, num_ranks, num_ranks)
+        stop = StopSignals() if stop_after is None else StopAfter(stop_after)
+        trainer = Trainer(config, make_ranks(topology), torch.device("cpu"), stop)
+        if isinstance(stop, StopAfter):
+            stop.trainer = trainer
+        with nullcontext() if stop_after is None else pytest.raises(Interrupted):
+            trainer.fit()
+
+
+@pytest.mark.timeout(300)
+def test_teaching_that_is_stopped_in_an_epoch_goes_on_with_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gigamil import coupling
+
+    config, train = coupled(tmp_path, {"tile_epochs": 2}), coupling.train_model
+    own = phase_config(config, phases(1)[1])
+    out = own.bookkeeping.out
+    monkeypatch.setattr(
+        coupling,
+        "train_model",
+        lambda phase, **named: train(phase, **named) if "bags" in phase.bookkeeping.name else 1 / 0,
+    )
+    with pytest.raises(ZeroDivisionError):
+        train_coupled(config)
+    ends = []
+    for name, stops in (("whole", (None,)), ("stopped", (3, None))):
+        run_on_ranks(_teach, 2, 2, [(own, stop) for stop in stops], timeout_s=200)
+        store = CheckpointStore(out / "checkpoints")
+        assert store.facts("latest")["teacher_sha256"]
+        ends.append(store.load("latest")[0].parameters)
+        shutil.move(out, tmp_path / name)
+        out.mkdir()
+        shutil.copyfile(config.bookkeeping.out / "splits.json", out / "splits.json")
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+
+
+def test_another_teacher_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gigamil import coupling
+
+    config, train = coupled(tmp_path), coupling.train_model
+    own = phase_config(config, phases(1)[1])
+    monkeypatch.setattr(
+        coupling,
+        "train_model",
+        lambda phase, **named: train(phase, **named) if "bags" in phase.bookkeeping.name else 1 / 0,
+    )
+    with pytest.raises(ZeroDivisionError):
+        train_coupled(config)
+    run_on_ranks(_teach, 1, 1, [(own, 2)], timeout_s=200)
+    first = own.science.warm_start
+    assert first is not None
+    store = CheckpointStore(first / "checkpoints")
+    state = store.load("best")[0]
+    state.parameters["head.bias"] += 1.0
+    store.commit(state, store.facts("best"), step=99, best=True)
+    (words,) = run_on_ranks(_refusal, 1, 1, own, timeout_s=200)
+    assert "was taught by another model than that of science.warm_start" in words
+
+
+def _refusal(rank: int, num_ranks: int, config: RunConfig) -> str:
+    skip_kernel_build()
+    with pytest.raises(ConfigError) as refused:
+        Trainer(config, make_ranks(Topology(num_ranks, rank, rank, num_ranks, num_ranks)), torch.device("cpu"))
+    return str(refused.value)
+
+
 def test_other_settings_are_refused(tmp_path: Path) -> None:
     config = coupled(tmp_path)
     (config.bookkeeping.out / "run.json").write_text("{}")
@@ -147,9 +225,6 @@ def _enough(_: str) -> None:
     ],
 )
 def test_what_is_no_single_run_is_refused_by_ranks(tmp_path: Path, science: dict[str, Any], words: str) -> None:
-    from gigamil.parallel.topology import Topology
-    from gigamil.train.step import Ranks
-
     config = tiny_run(tmp_path, science=science)
     with pytest.raises(ConfigError, match=words):
         Trainer(config, Ranks(Topology()), torch.device("cpu"))

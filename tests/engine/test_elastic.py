@@ -26,12 +26,13 @@ from gigamil.config.load import to_yaml
 from gigamil.config.schema import RunConfig
 from gigamil.errors import Interrupted
 from gigamil.parallel.topology import Topology
-from gigamil.testing.faults import is_same_end, step_losses
+from gigamil.testing.faults import StopAfter, is_same_end, step_losses
 from gigamil.testing.nodes import rank_environment
 from gigamil.testing.ranks import run_on_ranks
 from gigamil.testing.runs import tiny_run
 from gigamil.train import loop
 from gigamil.train.agree import StopSignals
+from gigamil.train.average import AVERAGE
 from gigamil.train.checkpoint import CheckpointStore
 from gigamil.train.engine import TrainingState, make_ranks, skip_kernel_build
 from gigamil.train.loop import Trainer
@@ -59,23 +60,6 @@ class Job:
     config: RunConfig
     stop_after: int | None = None
     float64: bool = False
-
-
-class StopAfter(StopSignals):
-    """A signal that comes after a step."""
-
-    def __init__(self, step: int) -> None:
-        self._step = step
-        super().__init__()
-        self.trainer: Trainer | None = None
-
-    @property
-    def asked(self) -> bool:
-        return self.trainer is not None and self.trainer.progress.step >= self._step
-
-    @asked.setter
-    def asked(self, value: bool) -> None:
-        """Real signals do not matter here."""
 
 
 class Float64Engine(PlainEngine):
@@ -134,6 +118,9 @@ def note_order(trainer: Trainer) -> list[tuple[int, ...]]:
 
 def configured(folder: Path, name: str, *, float64: bool = False, **execution: Any) -> RunConfig:
     science: dict[str, Any] = {"epochs": EPOCHS}
+    if not float64:
+        # tiny_run's rates, and an average that two epochs do not forget.
+        science["optim"] = {"lr_encoder": 1e-3, "lr_head": 1e-3, "warmup_steps": 2, "ema": 0.95}
     if float64:  # SGD's steps are the gradient's size: with Adam's rates nothing would move
         science["optim"] = {"lr_encoder": 0.05, "lr_head": 0.1, "warmup_steps": 2}
         execution |= {"memory": "keep"}
@@ -186,13 +173,22 @@ def in_float64(tmp_path_factory: pytest.TempPathFactory) -> Source:
     return make_source(tmp_path_factory.mktemp("float64"), 3, float64=True)
 
 
+def name_of(variant: dict[str, Any], num_ranks: int) -> str:
+    """Folder of a run that went on."""
+    return f"{num_ranks} ranks {variant}".replace("'", "").replace(" ", "-")
+
+
+def config_of(variant: dict[str, Any], source: Source, num_ranks: int) -> RunConfig:
+    """A run that has gone on, as `continue_on` made it."""
+    return configured(source.stopped.bookkeeping.out.parent, name_of(variant, num_ranks), **variant)
+
+
 def continue_on(source: Source, num_ranks: int, variants: Sequence[dict[str, Any]], **more: Any) -> Iterator[Any]:
     """(variant, its losses) of runs that go on from a source; checks the order of slides."""
     folder = source.stopped.bookkeeping.out.parent
-    configs = []
-    for variant in variants:
-        name = f"{num_ranks} ranks {variant}".replace("'", "").replace(" ", "-")
-        configs.append(continued(folder, source.stopped, name, **more, **variant))
+    configs = [
+        continued(folder, source.stopped, name_of(variant, num_ranks), **more, **variant) for variant in variants
+    ]
     jobs = [Job(config, float64=bool(more.get("float64"))) for config in configs]
     orders = run_on_ranks(train, num_ranks, num_ranks, jobs, timeout_s=TIMEOUT_S)[0]
     for variant, config, order in zip(variants, configs, orders, strict=True):
@@ -209,7 +205,23 @@ def check(source: Source, num_ranks: int, variants: Sequence[dict[str, Any]]) ->
         assert found[:STOP_AFTER] == truth[:STOP_AFTER], variant  # of before the stop
         assert found[:known] == pytest.approx(truth[:known], rel=FLOAT32_BOUND, abs=0), variant
         drift = max(drift, *(abs(a - b) / abs(b) for a, b in zip(found[known:], truth[known:], strict=True)))
+        check_average(source.calm, config_of(variant, source, num_ranks))
     return drift
+
+
+def check_average(calm: RunConfig, found: RunConfig) -> None:
+    """The moving average went on too: it differs by rounding from that of the run that was left alone, not by what was forgotten."""
+    wanted, own = (
+        CheckpointStore(config.bookkeeping.out / "checkpoints").load("latest")[0] for config in (calm, found)
+    )
+    averages = {name: value for name, value in wanted.moments.items() if name.endswith(AVERAGE)}
+    assert averages
+    forgotten = error = 0.0
+    for name, value in averages.items():
+        now = wanted.parameters[name.removesuffix(AVERAGE)]
+        forgotten += float((value - now).square().sum())
+        error += float((own.moments[name] - value).square().sum())
+    assert error < 1e-4 * forgotten, (error, forgotten)
 
 
 def test_two_ranks_go_on_as_one_at_another_stage(from_two: Source) -> None:
