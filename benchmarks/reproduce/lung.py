@@ -291,7 +291,8 @@ def main(words: Sequence[str] | None = None) -> int:
     }
     facts |= {name: getattr(arguments, name) for name in ("seeds", "slides", "epochs", "encoder", "tile_px")}
     facts["minutes"] = round((time.monotonic() - start) / 60, 1)
-    whole = facts | {"comparison": found, **origin(__file__, words, torch=torch.__version__)}
+    runs = [{key: value for key, value in one.items() if key != "folder"} for one in found["runs"]]
+    whole = facts | {"runs": runs, **origin(__file__, words, torch=torch.__version__)}
     (out / "lung.json").write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
     print(f"written: {out / 'comparison' / 'comparison.html'}")
     print(json.dumps(facts))

@@ -187,7 +187,7 @@ def test_lung(lung_tiles: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert list(ci) == regimes
     assert list(difference) == regimes[1:]
     whole = json.loads((tmp_path / "out" / "lung.json").read_text())
-    spent = {run["name"]: run["spent"]["tile_forwards"] for run in whole["comparison"]["runs"]}
+    spent = {run["name"]: run["spent"]["tile_forwards"] for run in whole["runs"]}
     assert spent["frozen"] == 16 * 40, "every training tile once"
     assert spent["sampled"] < spent["end_to_end"]
     assert (tmp_path / "out" / "comparison" / "comparison.html").is_file()
