@@ -43,7 +43,7 @@ def train_nothing(monkeypatch: pytest.MonkeyPatch, shards: object = None) -> Non
     """There is a run, of these tiles, but no model."""
     monkeypatch.setattr(pipeline, "_predict_into", lambda *_: None)
     monkeypatch.setattr(pipeline, "load_training_data", lambda _: SimpleNamespace(shards=shards))
-    monkeypatch.setattr(pipeline, "_refuse_other_checkpoint", lambda *_: None)
+    monkeypatch.setattr(pipeline, "refuse_other_checkpoint", lambda *_: None)
 
 
 def test_the_mpp_of_new_slides_is_for_files_that_carry_none(
