@@ -2,8 +2,8 @@
 
 Two protocols. `acc` is that of gradient accumulation for attention MIL (Andersson et al. 2022, arXiv:2203.03981): the key digit is 9, a
 positive bag of n digits has ceil(5 % of n) nines, a negative one none; 150 + 150 training bags; and once more with a single nine,
-where a sample seldom has it. `ilse` is that of attention-based MIL
-(Ilse et al. 2018, arXiv:1802.04712): bags of N(10, 2) digits, positive if one of them is a 9.
+where a sample seldom has it. `ilse` is that of attention-based MIL (Ilse et al. 2018, arXiv:1802.04712): bags of N(10, 2) digits,
+positive if one of them is a 9.
 
 Regimes, all with the same network, batches and optimiser:
 - full: the whole bag in memory, plain autograd;
@@ -18,9 +18,9 @@ seed, training with AdamW in float32, every run in a process of its own: AUC of 
 
     python benchmarks/reproduce/digits.py [--digits FOLDER] [--protocol acc] [--bag 50] [--seeds 3] [--epochs 20] [--out DIR]
 
-FOLDER holds mnist.npz (train_images, train_labels, test_images, test_labels). Writes digits.png and digits.json (of every run) into DIR. The
-last line is JSON: auc_full, auc_replay, auc_sampled,
-auc_coupled, auc_frozen (means over seeds), max_curve_difference (largest relative difference of those 20 losses), seeds, ...
+FOLDER holds mnist.npz (train_images, train_labels, test_images, test_labels). Writes digits.png and digits.json (of every run) into
+DIR. The last line is JSON: auc_full, auc_replay, auc_sampled, auc_coupled, auc_frozen (means over seeds), one_nine (the same of full
+and sampled, with a single nine), max_curve_difference (largest relative difference of those 20 losses), seeds, ...
 """
 
 import argparse
@@ -77,16 +77,15 @@ class Setting:
     Attributes:
         digits: folder of mnist.npz.
         protocol, bag: acc or ilse; digits per bag (its mean for ilse).
-        nines: of a positive bag, for acc; None: 5 %.
         train, test: bags.
         epochs: over the training bags; of each classifier, for coupled.
         teach_epochs: of teaching.
         lr, lr_head: of AdamW.
+        nines: of a positive bag, for acc; None: 5 %.
     """
 
     digits: str
     protocol: str = "acc"
-    nines: int | None = None
     bag: int = 50
     train: int = 300
     test: int = 200
@@ -96,6 +95,7 @@ class Setting:
     lr_head: float = 1e-3
     regime: str = "full"
     seed: int = 0
+    nines: int | None = None
 
 
 class Bags(NamedTuple):
@@ -398,9 +398,8 @@ def main(words: Sequence[str] | None = None) -> int:
     need_file(arguments.digits / "mnist.npz", "--digits")
     start = time.monotonic()
     size = arguments.bag or (50 if arguments.protocol == "acc" else 10)
-    setting = Setting(
-        str(arguments.digits), arguments.protocol, size, arguments.train, arguments.test, arguments.epochs
-    )
+    sizes = {"bag": size, "train": arguments.train, "test": arguments.test, "epochs": arguments.epochs}
+    setting = Setting(str(arguments.digits), arguments.protocol, **sizes)
     difference, curves = largest_difference(setting)
     print(f"largest relative difference of the first {CURVE_STEPS} losses, replay and full bag: {difference:.2e}")
     todo = {name: (1, replace(setting, regime=name)) for name in REGIMES}
