@@ -28,7 +28,8 @@ def run_identity(config: RunConfig, data: TrainingData) -> dict[str, Any]:
 def refuse_other_run(identity: Mapping[str, Any], recorded: Mapping[str, Any], out: Path) -> None:
     """Refuse to go on with a checkpoint of another run.
 
-    A key that the version which wrote the checkpoint did not know had its default then.
+    A key that the version which wrote the checkpoint did not know had its default then; before there were tasks, `science.task.loss`
+    was `science.loss`.
 
     Args:
         identity: from `run_identity`, of now.
@@ -38,7 +39,7 @@ def refuse_other_run(identity: Mapping[str, Any], recorded: Mapping[str, Any], o
         ConfigError: names the keys that differ, or says that splits or tiles do.
     """
     wanted = json.loads(json.dumps(identity["science"]))
-    known = _completed(recorded["science"], science_digest_data(RunConfig()))
+    known = _completed(_renamed(recorded["science"]), science_digest_data(RunConfig()))
     different = sorted(_differences(known, wanted))
     if different:
         raise ConfigError(
@@ -50,6 +51,14 @@ def refuse_other_run(identity: Mapping[str, Any], recorded: Mapping[str, Any], o
             f"'{out}' was trained on another split, or on other tiles or features of its slides. Choose another bookkeeping.out, or "
             "delete that folder to start again."
         )
+
+
+def _renamed(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    science = dict(recorded["science"])
+    if "loss" in science:
+        loss = science.pop("loss")
+        science["task"] = {"loss": None if loss == "cross_entropy" else loss}
+    return {**recorded, "science": science}
 
 
 def _completed(recorded: Any, defaults: Any) -> Any:

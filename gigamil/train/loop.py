@@ -4,12 +4,12 @@ import copy
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -92,6 +92,13 @@ class Progress:
     metrics_bytes: int = 0
     mlflow_run: str | None = None
     spent: Spent = field(default_factory=Spent)
+
+    @classmethod
+    def of(cls, facts: Mapping[str, Any]) -> Self:
+        """Where a checkpoint stands; before there were tasks the score was an AUC, and spending was not counted."""
+        known = {name: facts[name] for name in cls.__dataclass_fields__ if name not in ("best_score", "spent")}
+        score = facts["best_score"] if "best_score" in facts else facts["best_auc"]
+        return cls(**known, best_score=score, spent=Spent(**facts.get("spent", {})))
 
 
 class Trainer:
@@ -299,8 +306,7 @@ class Trainer:
         state, facts = self._store.read(generation)
         refuse_other_run(self._identity, facts, self.out)
         self._teacher_before = facts.get("teacher_sha256")
-        known = {name: facts[name] for name in Progress.__dataclass_fields__ if name != "spent"}
-        self.progress = Progress(**known, spent=Spent(**facts.get("spent", {})))
+        self.progress = Progress.of(facts)
         is_best_epoch_end = self.progress.epoch > 0 and not (
             self.progress.step_in_epoch or self.progress.epochs_without_better
         )

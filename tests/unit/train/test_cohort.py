@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,8 @@ from gigamil.shards.read import ShardSet
 from gigamil.testing.shards import make_shards, noise_jpegs
 from gigamil.train.cohort import load_training_data, unused_keys
 from gigamil.train.identity import refuse_other_run, run_identity
+from gigamil.train.loop import Progress
+from gigamil.train.spent import Spent
 
 SIZES = {"a1": 3, "a2": 1, "b1": 2, "b2": 4, "c1": 2, "c2": 5, "d1": 1, "d2": 2}
 
@@ -123,6 +125,23 @@ def test_a_key_that_an_older_version_did_not_know_had_its_default(config: RunCon
     identity["science"]["science"]["optim"]["ema"] = 0.9
     with pytest.raises(ConfigError, match=r"different: science\.optim\.ema\)"):
         refuse_other_run(identity, recorded, config.bookkeeping.out)
+
+
+def test_a_run_of_before_there_were_tasks_goes_on(config: RunConfig) -> None:
+    identity = run_identity(config, load_training_data(config))
+    recorded = json.loads(json.dumps(identity))
+    for name in ("task", "also", "regime"):
+        del recorded["science"]["science"][name]
+    recorded["science"]["science"]["loss"] = "cross_entropy"
+    refuse_other_run(identity, recorded, config.bookkeeping.out)
+    recorded["science"]["science"]["loss"] = "mine"
+    with pytest.raises(ConfigError, match=r"different: science\.task\.loss\)"):
+        refuse_other_run(identity, recorded, config.bookkeeping.out)
+    facts = asdict(Progress(epoch=2, best_score=0.75, spent=Spent(tiles=9)))
+    assert Progress.of(facts) == Progress(epoch=2, best_score=0.75, spent=Spent(tiles=9))
+    facts["best_auc"] = facts.pop("best_score")
+    del facts["spent"]
+    assert Progress.of(facts) == Progress(epoch=2, best_score=0.75)
 
 
 def test_what_only_an_encoder_could_use_is_named(config: RunConfig) -> None:
