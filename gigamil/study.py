@@ -41,9 +41,9 @@ def run_study(
     """Train and evaluate each fold with each seed, and write the report of the study.
 
     The study is in `<out>/study`, its runs in `fold<k>_seed<s>` there, as launch/slurm/folds.sbatch has them; they share
-    `<out>/shards` with a single run, and `<out>/features` too unless the encoder's weights are random, which differ by seed. In MLflow they are children of one run, in a store of the study
-    unless MLFLOW_TRACKING_URI names another. A run that fails for its data or in training is named in the report, and the others
-    go on; a signal, or a fault of the machine, ends all.
+    `<out>/shards` with a single run, and `<out>/features` too unless the encoder's weights are random, which differ by seed. In
+    MLflow they are children of one run, in a store of the study unless MLFLOW_TRACKING_URI names another. A run that fails for its
+    data or in training is named in the report, and the others go on; a signal, or a fault of the machine, ends all.
 
     Args:
         config: of a single run; a holdout becomes `cohort.folds` folds. Seeds count from `science.seed`.

@@ -6,9 +6,9 @@ that colour says little. A patient is a set of source fields that no other patie
 same slides, split and seeds.
 
 All encoders begin with the same weights, which have learned without labels to tell the source fields of the training patients apart
-(exemplar CNN, Dosovitskiy et al. 2014, arXiv:1406.6909): what a pretrained encoder is to a user, for want of one, and as weak as a few epochs make it.
-`streamed` is a dense encoder, which sees across the borders of tiles, and has such weights of its own. Evidence about the
-engineering, never a clinical result.
+(exemplar CNN, Dosovitskiy et al. 2014, arXiv:1406.6909): what a pretrained encoder is to a user, for want of one, and as weak as a
+few epochs make it. `streamed` is a dense encoder, which sees across the borders of tiles, and has such weights of its own. Evidence
+about the engineering, never a clinical result.
 
     python benchmarks/reproduce/lung.py [--tiles FOLDER] [--slides 240] [--seeds 1] [--encoder small_cnn] [--tile-px 64] [--out DIR]
 

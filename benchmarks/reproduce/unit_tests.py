@@ -10,9 +10,8 @@ points the other way. A model that has learned the rule keeps its AUC; one below
 - frequency: a positive bag has both concepts, once each; a negative bag has one of them, once in training, 35 to 44 times in the test.
 
 `one-sided` are `noisy_or`, `instance_max` and `topk_mean` where no instance can speak for the negative class: they cannot learn that
-something is missing (absence, pair); they may still count (frequency). Instances are 16 normal numbers, 3 and 0.1 being
-standard deviations; the encoder is a small
-perceptron, the rest is gigamil's: aggregator, head, loss.
+something is missing (absence, pair); they may still count (frequency). Instances are 16 normal numbers, 3 and 0.1 being standard
+deviations; the encoder is a small perceptron, the rest is gigamil's: aggregator, head, loss.
 
     python benchmarks/reproduce/unit_tests.py [--seeds 1] [--epochs 30] [--out DIR]
 

@@ -141,7 +141,7 @@ def _labelled_by(cohort: Cohort, task: Task) -> Cohort:
 
 def _one_column(task: Task) -> tuple[str]:
     if task.columns is None or len(task.columns) != 1:
-        raise ConfigError(f"columns {list(task.columns or ())} of a {task.name} task: it has one, the class")
+        raise ConfigError(f"columns {list(task.columns or ())} of the {task.name} task: it has one, the class")
     return (task.columns[0],)
 
 
@@ -171,7 +171,7 @@ def _is_number(text: str) -> bool:
 def _class_problems(task: Task, classes: Sequence[str], table: CohortTable) -> Iterator[str]:
     (column,) = _one_column(task)
     if len(classes) < 2:
-        yield f"column '{column}' of a {task.name} task holds {', '.join(classes) or 'nothing'}: two classes are needed"
+        yield f"column '{column}' of the {task.name} task holds {', '.join(classes) or 'nothing'}: two classes are needed"
     for row in table.rows:
         if row.cells[column] and row.cells[column] not in classes:
             yield f"slide '{row.slide_id}': {column} {row.cells[column]!r} is not in its classes ({', '.join(classes)})"
@@ -182,7 +182,7 @@ def _refuse_lacking(task: Task, table: CohortTable, cohort: Cohort) -> None:
     lacking = [column for column in columns if column not in table.rows[0].cells]
     if lacking:
         raise ConfigError(
-            f"'{cohort.table}' has no column {', '.join(map(repr, lacking))} for a {task.name} task. Set science.task.columns (or those "
+            f"'{cohort.table}' has no column {', '.join(map(repr, lacking))} for the {task.name} task. Set science.task.columns (or those "
             f"of science.also) to some of: {', '.join(table.rows[0].cells)}"
         )
 

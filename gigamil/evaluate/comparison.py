@@ -35,8 +35,8 @@ _SPENT = ("tiles_seen", "tile_forwards", "seconds", "rank_seconds")
 class Compared(TypedDict):
     """One of the runs: its metrics on the common slides, how much better it is than the first, and what it has spent.
 
-    `minus_first` and `p_delong` are None for the first; `p_delong` also where there are not two classes, several seeds, a slide in several draws, or AUCs without variance.
-    `spent` is the mean of a study's runs.
+    `minus_first` and `p_delong` are None for the first; `p_delong` also where there are not two classes, several seeds, a slide in
+    several draws, or AUCs without variance. `spent` is the mean of a study's runs.
     """
 
     name: str

@@ -27,12 +27,7 @@ from gigamil.data.features import features_folder, features_path
 from gigamil.data.h5 import Attribute, read_features_header, trident_attributes, write_features
 from gigamil.data.images import ChunkFeed
 from gigamil.data.pipeline import StepLoader, StepTiles
-from gigamil.errors import (
-    GigamilError,
-    Interrupted,
-    ShardError,
-    SlideError,
-)
+from gigamil.errors import GigamilError, Interrupted, ShardError, SlideError
 from gigamil.files import replace_file
 from gigamil.lock import folder_lock
 from gigamil.memory.budget import memory_budget

@@ -38,7 +38,8 @@ _PER_KIND = 2  # pictures of each kind of hit and miss
 class StudyEvaluation(TypedDict):
     """What study_evaluation.json holds: `pooled` over all slides, of each seed by itself and their mean; and each run's own.
 
-    `patients` is that of the mean over slides, where a patient has several. `per_run` has, for each finished run, fold, seed and the metrics of its held-out slides.
+    `patients` is that of the mean over slides, where a patient has several. `per_run` has, for each finished run, fold, seed and the
+    metrics of its held-out slides.
     """
 
     metric: str

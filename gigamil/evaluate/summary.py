@@ -44,8 +44,9 @@ class Evaluation(TypedDict):
     """What evaluation.json holds. `splits[headline_split]["metrics"][headline_metric]` is the result of the run.
 
     `unit` is what is scored: slides, or patients where all slides of one are a bag (`science.bag`). `patients` has the scores of the
-    mean over slides, of splits in which a patient has several. `threshold` is the probability from which on a slide is called positive, chosen on validation (binary tasks); `p_log_rank`
-    compares patients of higher and lower risk, by the median of the headline split (survival); `figures` are files and captions.
+    mean over slides, of splits in which a patient has several. `threshold` is the probability from which on a slide is called
+    positive, chosen on validation (binary tasks); `p_log_rank` compares patients of higher and lower risk, by the median of the
+    headline split (survival); `figures` are files and captions.
     """
 
     headline_split: str

@@ -100,11 +100,11 @@ def test_all_censored_is_refused(tmp_path: Path) -> None:
         (Task(name="regression"), "science.task.name=regression needs science.task.columns"),
         (
             Task(name="regression", columns=("height",)),
-            "no column 'height' for a regression task. Set science.task.columns .* to some of: .*age",
+            "no column 'height' for the regression task. Set science.task.columns .* to some of: .*age",
         ),
         (Task(name="survival", columns=("time",)), r"science.task.columns \['time'\]: survival has two"),
         (Task(name="multilabel", columns=("x", "x")), r"\['x', 'x'\] must be names of columns, each once"),
-        (Task(name="ordinal", columns=("x", "y")), r"columns \['x', 'y'\] of a ordinal task: it has one"),
+        (Task(name="ordinal", columns=("x", "y")), r"columns \['x', 'y'\] of the ordinal task: it has one"),
     ],
 )
 def test_columns_have_to_be_the_tasks(tmp_path: Path, task: Task, message: str) -> None:
@@ -140,7 +140,7 @@ class TestFurtherTasks:
 
     def test_a_further_class_needs_its_column(self, tmp_path: Path) -> None:
         science = Science(also=(Task(name="multiclass"),))
-        with pytest.raises(ConfigError, match="of a multiclass task: it has one, the class"):
+        with pytest.raises(ConfigError, match="of the multiclass task: it has one, the class"):
             load_target_table(cohort(tmp_path), science)
 
 
@@ -160,7 +160,7 @@ def test_words_of_an_ordinal_task_need_their_order(tmp_path: Path) -> None:
 
 def test_classes_of_a_further_task_are_checked_at_the_start(tmp_path: Path) -> None:
     rows = [(*row[:5], "1") for row in ROWS]
-    with pytest.raises(CohortError, match="column 'y' of a multiclass task holds 1: two classes are needed"):
+    with pytest.raises(CohortError, match="column 'y' of the multiclass task holds 1: two classes are needed"):
         load_target_table(cohort(tmp_path, rows), Science(also=(Task(columns=("y",)),)))
     few = Task(columns=("label",), classes=("a", "b"))
     with pytest.raises(CohortError, match=r"'s2': label 'c' is not in its classes \(a, b\)"):
