@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gigamil.tasks.task import Task, filled, numbered
+from gigamil.tasks.task import Task, filled, numbered, weights_by_class
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,7 @@ class Multiclass(Task):
 
     def weights(self, target_SX: Tensor) -> Tensor:
         """Weight of the class; 0 without one."""
-        class_S, is_known_S = numbered(target_SX)
-        weight_K = torch.ones(len(self.classes), dtype=torch.float64, device=target_SX.device)
-        if self.class_weights is not None:
-            weight_K = torch.tensor(self.class_weights, dtype=torch.float64, device=target_SX.device)
-        return filled(weight_K[class_S], is_known_S)
+        return weights_by_class(target_SX, self.class_weights)
 
     def predict(self, output_SK: Tensor) -> Tensor:
         """Probability of each class."""

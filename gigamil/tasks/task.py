@@ -4,6 +4,7 @@ Shapes: S slides, K outputs of the head, X numbers that are known of a slide (it
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -69,3 +70,11 @@ def numbered(target_SX: Tensor) -> tuple[Tensor, Tensor]:
     """Class of each slide, 0 where it is not known, and whether it is."""
     is_known_S = torch.isfinite(target_SX[:, 0])
     return filled(target_SX[:, 0], is_known_S).long(), is_known_S
+
+
+def weights_by_class(target_SX: Tensor, class_weights: Sequence[float] | None) -> Tensor:
+    """Weight of each slide's class, float64 (S,), 1 if there are none; 0 of a slide whose class is not known."""
+    class_S, is_known_S = numbered(target_SX)
+    if class_weights is None:
+        return is_known_S.double()
+    return filled(target_SX.new_tensor(class_weights, dtype=torch.float64)[class_S], is_known_S)

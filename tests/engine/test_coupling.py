@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from gigamil import coupling
 from gigamil.config.schema import RunConfig
 from gigamil.coupling import phase_config, phases, train_coupled
 from gigamil.errors import ConfigError, Interrupted
@@ -97,8 +98,6 @@ def test_rounds_on_two_ranks(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_chain_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gigamil import coupling
-
     config, done = coupled(tmp_path), []
     train = coupling.train_model
 
@@ -133,18 +132,10 @@ def _teach(rank: int, num_ranks: int, jobs: list[tuple[RunConfig, int | None]]) 
 def test_teaching_that_is_stopped_in_an_epoch_goes_on_with_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from gigamil import coupling
-
-    config, train = coupled(tmp_path, {"tile_epochs": 2}), coupling.train_model
+    config = coupled(tmp_path, {"tile_epochs": 2})
     own = phase_config(config, phases(1)[1])
     out = own.bookkeeping.out
-    monkeypatch.setattr(
-        coupling,
-        "train_model",
-        lambda phase, **named: train(phase, **named) if "bags" in phase.bookkeeping.name else 1 / 0,
-    )
-    with pytest.raises(ZeroDivisionError):
-        train_coupled(config)
+    train_up_to_tiles(config, monkeypatch)
     ends = []
     for name, stops in (("whole", (None,)), ("stopped", (3, None))):
         run_on_ranks(_teach, 2, 2, [(own, stop) for stop in stops], timeout_s=200)
@@ -158,17 +149,9 @@ def test_teaching_that_is_stopped_in_an_epoch_goes_on_with_the_same_bits(
 
 
 def test_another_teacher_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gigamil import coupling
-
-    config, train = coupled(tmp_path), coupling.train_model
+    config = coupled(tmp_path)
     own = phase_config(config, phases(1)[1])
-    monkeypatch.setattr(
-        coupling,
-        "train_model",
-        lambda phase, **named: train(phase, **named) if "bags" in phase.bookkeeping.name else 1 / 0,
-    )
-    with pytest.raises(ZeroDivisionError):
-        train_coupled(config)
+    train_up_to_tiles(config, monkeypatch)
     run_on_ranks(_teach, 1, 1, [(own, 2)], timeout_s=200)
     first = own.science.warm_start
     assert first is not None
@@ -205,6 +188,18 @@ def test_what_cannot_be_taught_is_refused_before_anything_is_encoded(tmp_path: P
     with pytest.raises(ConfigError, match="by a classifier that can look at one alone"):
         train_coupled(config)
     assert not list(config.bookkeeping.out.glob("round*"))
+
+
+def train_up_to_tiles(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first classifier, and no further."""
+    train = coupling.train_model
+    monkeypatch.setattr(
+        coupling,
+        "train_model",
+        lambda phase, **named: train(phase, **named) if "bags" in phase.bookkeeping.name else 1 / 0,
+    )
+    with pytest.raises(ZeroDivisionError):
+        train_coupled(config)
 
 
 def train_coupled_once(config: RunConfig) -> None:
