@@ -1,9 +1,9 @@
 """Bags of digits: is training by parts the same as training on the whole bag, and what do sampling, coupling and freezing cost?
 
 Two protocols. `acc` is that of gradient accumulation for attention MIL (Andersson et al. 2022, arXiv:2203.03981): the key digit is 9, a
-positive bag of n digits has ceil(5 % of n) nines, a negative one none; 150 + 150 training bags; and once more with a single nine,
-where a sample seldom has it. `ilse` is that of attention-based MIL (Ilse et al. 2018, arXiv:1802.04712): bags of N(10, 2) digits,
-positive if one of them is a 9.
+positive bag of n digits has ceil(5 % of n) nines, a negative one none; 150 + 150 training bags. Full and sampled once more with a
+single nine, which a sample seldom has, in bags of n / 2 and twice as many of them, as it is harder to find. `ilse` is that of
+attention-based MIL (Ilse et al. 2018, arXiv:1802.04712): bags of N(10, 2) digits, positive if one of them is a 9.
 
 Regimes, all with the same network, batches and optimiser:
 - full: the whole bag in memory, plain autograd;
@@ -405,7 +405,8 @@ def main(words: Sequence[str] | None = None) -> int:
     todo = {name: (1, replace(setting, regime=name)) for name in REGIMES}
     todo["replay on 2"] = 2, replace(setting, regime="replay")
     if arguments.protocol == "acc":
-        todo |= {f"{name}, one nine": (1, replace(setting, regime=name, nines=1)) for name in ("full", "sampled")}
+        rare = replace(setting, nines=1, bag=-(-size // 2), train=2 * setting.train)
+        todo |= {f"{name}, one nine": (1, replace(rare, regime=name)) for name in ("full", "sampled")}
     results: dict[str, list[dict[str, float]]] = {}
     with tqdm(total=len(todo) * arguments.seeds, unit="run", disable=None) as bar:
         for label, (num_ranks, of_regime) in todo.items():
