@@ -110,6 +110,7 @@ def test_new_slides_are_predicted_with_heatmaps(
     assert (tmp_path / "out" / "heatmaps" / "new.png").is_file()
 
 
+@pytest.mark.slow
 def test_model_on_features_takes_slides_once_its_encoder_is_joined(cohort: Path, tmp_path: Path) -> None:
     run = make_run(cohort, tmp_path / "frozen", "frozen")
     slide_id, wanted = predicted(run)
@@ -117,6 +118,7 @@ def test_model_on_features_takes_slides_once_its_encoder_is_joined(cohort: Path,
     assert found.values == pytest.approx(wanted, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_model_sees_the_pixels_that_its_run_saw(cohort: Path, tmp_path: Path) -> None:
     run = make_run(cohort, tmp_path / "run", "end_to_end", source="slides")
     slide_id, wanted = predicted(run)

@@ -97,6 +97,7 @@ def test_rounds_on_two_ranks(tmp_path: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
+@pytest.mark.slow
 def test_an_interrupted_chain_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config, done = coupled(tmp_path), []
     train = coupling.train_model
@@ -128,6 +129,7 @@ def _teach(rank: int, num_ranks: int, jobs: list[tuple[RunConfig, int | None]]) 
             trainer.fit()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_teaching_that_is_stopped_in_an_epoch_goes_on_with_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -148,6 +150,7 @@ def test_teaching_that_is_stopped_in_an_epoch_goes_on_with_the_same_bits(
     assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
 
 
+@pytest.mark.slow
 def test_another_teacher_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = coupled(tmp_path)
     own = phase_config(config, phases(1)[1])

@@ -68,7 +68,7 @@ def _config(folder: Path, *, joined: bool, out: str, labels: Sequence[str] | Non
     return config
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_bag_of_a_patient_is_a_slide_with_all_tiles(tmp_path: Path, ranks: int) -> None:
     configs = [_config(tmp_path, joined=joined, out=f"run{joined}", ranks=ranks) for joined in (True, False)]
     for config in configs:
@@ -95,6 +95,7 @@ def test_a_bag_of_a_patient_is_a_slide_with_all_tiles(tmp_path: Path, ranks: int
     assert len(read_pooled(configs[1].bookkeeping.out).slide_ids) == 2, "studies and comparisons count patients"
 
 
+@pytest.mark.slow
 def test_features_and_regions_of_a_patient(tmp_path: Path) -> None:
     frozen = _config(tmp_path, joined=False, out="frozen", science={"regime": "frozen"})
     train_model(frozen)
@@ -117,6 +118,7 @@ def test_what_takes_slides_one_by_one(tmp_path: Path) -> None:
         train_model(_config(tmp_path, joined=False, out="dense", science=dense))
 
 
+@pytest.mark.slow
 def test_mean_of_slides(tmp_path: Path) -> None:
     config = _config(tmp_path, joined=False, out="run", science={"bag": "slide"})
     train_model(config)

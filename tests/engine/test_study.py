@@ -38,6 +38,7 @@ def _no_slide_files(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(f"gigamil.{module}.refuse_failures", lambda report, most: None)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_every_fold_and_seed_once(tmp_path: Path) -> None:
     # Its own split column would say which slides are for what.
@@ -141,6 +142,7 @@ def test_without_slide_files_no_run_is_begun(tmp_path: Path, monkeypatch: pytest
     assert not study_folder(config).exists()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_features_are_made_once_unless_the_seed_makes_others(tmp_path: Path) -> None:
     config = study_config(tmp_path, columns={"split": "no_such_column"})
