@@ -92,7 +92,9 @@ def compare_runs(
     runs = _read_all(folders)
     pooled, num_left_out = _on_common_slides(runs)
     first = pooled[0].measure()
-    name = metric or headline(pooled[0].task)
+    name, known = metric or headline(pooled[0].task), first(np.arange(len(pooled[0])))
+    if name not in known:
+        raise CohortError(f"--metric {name}: there are {', '.join(known)}")
     found = []
     for run, own in zip(runs, pooled, strict=True):
         settings = {"num_bootstrap": num_bootstrap, "seed": seed}
@@ -110,8 +112,6 @@ def compare_runs(
                 spent=_spent(run.members),
             )
         )
-    if name not in found[0]["scores"]["metrics"]:
-        raise CohortError(f"--metric {name}: there are {', '.join(found[0]['scores']['metrics'])}")
     comparison = Comparison(
         metric=name,
         num_slides=len(pooled[0]),

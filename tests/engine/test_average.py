@@ -101,7 +101,8 @@ def test_average_follows_its_recursion_and_is_the_model_that_is_kept(
     assert any(not torch.equal(kept[name], state.parameters[name]) for name in kept)
 
 
-@pytest.mark.parametrize("stage", [3, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 1, 2))])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
 def test_stopped_in_validation_goes_on_with_the_same_bits(cohort: Path, seen: list[list[SEEN]], stage: int) -> None:
     config = config_of(cohort, stage, "stopped")
     run_on_ranks(stop_in_validation, 2, 2, [config])

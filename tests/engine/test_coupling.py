@@ -26,7 +26,7 @@ from gigamil.train.stale import encoder_of_features
 from gigamil.train.step import Ranks
 
 
-def coupled(folder: Path, regime: dict[str, Any] | None = None, **science: Any) -> RunConfig:
+def coupled(folder: Path, regime: dict[str, Any] | None = None, ranks: int = 2, **science: Any) -> RunConfig:
     return tiny_run(
         folder,
         science={
@@ -35,7 +35,7 @@ def coupled(folder: Path, regime: dict[str, Any] | None = None, **science: Any) 
             "regime": {"name": "coupled", "rounds": 1, "tiles": 8, "confidence": 2.0} | (regime or {}),
             **science,
         },
-        execution={"ranks": 2, "chunk": 4},
+        execution={"ranks": ranks, "chunk": 4},
         bookkeeping={"mlflow": True},
     )
 
@@ -47,8 +47,9 @@ def test_phases_are_a_chain() -> None:
 
 
 @pytest.mark.timeout(600)
-def test_rounds_on_two_ranks(tmp_path: Path) -> None:
-    config = coupled(tmp_path)
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_round_on_each_number_of_ranks(tmp_path: Path, ranks: int) -> None:
+    config = coupled(tmp_path, ranks=ranks)
     out = config.bookkeeping.out
     facts = train_model(config)
     assert facts["status"] == "finished"

@@ -8,18 +8,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from gigamil.config.load import absolute_paths
 from gigamil.config.schema import RunConfig
-from gigamil.errors import CohortError
+from gigamil.errors import CohortError, ConfigError
 from gigamil.evaluate.attention import attention_path, read_attention
 from gigamil.evaluate.features import cache_features
 from gigamil.evaluate.pooled import read_pooled
 from gigamil.evaluate.predictions import read_predictions
+from gigamil.parallel.topology import Topology
 from gigamil.pipeline import evaluate_model, split_cohort, train_model
 from gigamil.testing.faults import step_losses
+from gigamil.testing.ranks import run_on_ranks
 from gigamil.testing.shards import make_shards, noise_jpegs
-from gigamil.train.launch import RanksFailed
+from gigamil.train.engine import make_ranks, skip_kernel_build
+from gigamil.train.loop import Trainer
 
 TILE_PX = 32
 PARTS = ((5, 9), (7,), (3, 4, 8), (11, 2), (6, 6), (1, 13), (9,), (4, 5))  # tiles of the slides of each patient
@@ -114,8 +118,16 @@ def test_what_takes_slides_one_by_one(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="science.bag=patient with science.regime=coupled"):
         RunConfig.model_validate({"science": {"bag": "patient", "regime": "coupled"}})
     dense = {"encoder": {"name": "small_dense_cnn", "options": {"width": 4, "pool": 2}}}
-    with pytest.raises(RanksFailed, match="science.bag=patient with a dense encoder"):
-        train_model(_config(tmp_path, joined=False, out="dense", science=dense))
+    config = _config(tmp_path, joined=False, out="dense", science=dense)
+    (words,) = run_on_ranks(_refusal, 1, config)
+    assert "science.bag=patient with a dense encoder" in words
+
+
+def _refusal(rank: int, config: RunConfig) -> str:
+    skip_kernel_build()
+    with pytest.raises(ConfigError) as refused:
+        Trainer(config, make_ranks(Topology()), torch.device("cpu"))
+    return str(refused.value)
 
 
 @pytest.mark.slow
