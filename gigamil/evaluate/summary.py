@@ -84,7 +84,7 @@ def summarise(run: Path, *, num_bootstrap: int, seed: int, unit: str = "slide") 
             f"'{run / FILE_NAME}': no slide has a label, so nothing can be scored. Add labels to the slide table, or "
             "use the predictions as they are."
         )
-    task = load_task(run) or Multiclass(_classes(predictions))
+    task = load_task(run) or Multiclass(predictions.classes if isinstance(predictions, Predictions) else ())
     evaluation = _evaluate(predictions, task, predictions.take(known).headline_split, num_bootstrap, seed, unit)
     evaluation["figures"] = _draw(run, predictions, task, evaluation)
     text = json.dumps(evaluation, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
@@ -136,7 +136,7 @@ def _evaluate(
 
     found = {name: scores_of(name, part) for name, part in scored.items()}
     patients = {name: scores_of(name, own) for name, own in means.items() if own and len(own) < len(scored[name])}
-    classes = _classes(predictions)
+    classes = _classes(task)
     return Evaluation(
         headline_split=split,
         headline_metric=headline(task),
@@ -184,8 +184,10 @@ def _is_known(predictions: Predictions | Values, row: int) -> bool:
     return predictions.labels[row] is not None
 
 
-def _classes(predictions: Predictions | Values) -> tuple[str, ...]:
-    return predictions.classes if isinstance(predictions, Predictions) else ()
+def _classes(task: Task) -> tuple[str, ...]:
+    """Classes of a task, of several those of the first; none of one without."""
+    first = task.tasks[0] if isinstance(task, Several) else task
+    return first.classes if isinstance(first, Multiclass | Ordinal) else ()
 
 
 def _draw(run: Path, predictions: Predictions | Values, task: Task, evaluation: Evaluation) -> dict[str, str]:
