@@ -19,13 +19,19 @@ from gigamil.evaluate.pooled import Member, Pooled, read_pooled, read_study
 from gigamil.evaluate.report import CONFIG_FILE, REPORT_FILE, metric_words
 from gigamil.evaluate.study_figures import draw_folds, draw_roc_band
 from gigamil.evaluate.summary import FIGURES, read_evaluation
-from gigamil.evaluate.task_figures import draw_reliability, draw_scatter, draw_survival, risk_groups
+from gigamil.evaluate.task_figures import (
+    draw_label_rocs,
+    draw_reliability,
+    draw_scatter,
+    draw_survival,
+    risk_groups,
+)
 from gigamil.evaluate.values import target_names
 from gigamil.files import replace_file
 from gigamil.metrics.bootstrap import Estimate, Scores, scores
 from gigamil.metrics.survival import log_rank
 from gigamil.metrics.task import headline
-from gigamil.tasks.classification import Multiclass
+from gigamil.tasks.classification import Multiclass, Multilabel
 from gigamil.tasks.ordinal import Ordinal
 from gigamil.tasks.regression import Regression
 from gigamil.tasks.survival import Cox, DiscreteSurvival
@@ -181,6 +187,8 @@ def _draw(folder: Path, pooled: Pooled, evaluation: StudyEvaluation) -> None:
             draw_roc_band(labels_N == 1, pooled.value_SNP[:, :, 1], pooled.patients, folder / "roc.png")
         draw_reliability(labels_N, value_NP, task.classes, folder / "calibration.png")
         draw_confusion(labels_N, value_NP.argmax(axis=1), task.classes, folder / "confusion.png")
+    elif isinstance(task, Multilabel):
+        draw_label_rocs(pooled.target_NX, value_NP, task.labels, folder / "labels.png")
     elif isinstance(task, Regression):
         draw_scatter(pooled.target_NX, value_NP, task.names, folder / "scatter.png")
     elif isinstance(task, Cox | DiscreteSurvival):
@@ -193,6 +201,7 @@ def _draw(folder: Path, pooled: Pooled, evaluation: StudyEvaluation) -> None:
 _CAPTIONS = {
     "folds.png": "Each run on the slides that it held out; pooled: all of them together",
     "roc.png": "ROC of out-of-fold predictions: a curve per seed, their mean, 95 % band over patients",
+    "labels.png": "ROC curves of the labels, out of fold, mean over seeds",
     "calibration.png": "Calibration of the mean over seeds",
     "confusion.png": "Confusion matrix of the mean over seeds",
     "scatter.png": "Known and predicted, mean over seeds",
