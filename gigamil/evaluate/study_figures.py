@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gigamil.evaluate.figures import METRIC_WORDS, SHARES, roc_points
+from gigamil.evaluate.figures import SHARES, roc_points
 from gigamil.evaluate.style import MUTED, PALETTE, class_style, drawing
 from gigamil.metrics.bootstrap import Floats, Scores, resampled_rows
 
@@ -18,8 +18,12 @@ _RESAMPLES = 200
 _GRID = np.linspace(0, 1, 101)
 
 
-def draw_folds(runs: Sequence[Mapping[str, Any]], metric: str, pooled: Scores, out_png: Path) -> None:
-    """The metric of each run on its held-out slides, by fold, a colour per seed; the band is the pooled interval."""
+def draw_folds(runs: Sequence[Mapping[str, Any]], metric: str, words: str, pooled: Scores, out_png: Path) -> None:
+    """The metric of each run on its held-out slides, by fold, a colour per seed; the band is the pooled interval.
+
+    Args:
+        words: the metric for people.
+    """
     folds = sorted({run["fold"] for run in runs})
     seeds = sorted({run["seed"] for run in runs})
     with drawing(out_png, max(4.6, 2.0 + 0.7 * len(folds)), 4.2) as figure:
@@ -43,7 +47,7 @@ def draw_folds(runs: Sequence[Mapping[str, Any]], metric: str, pooled: Scores, o
                 axes.plot(place, estimate["value"], "o", color=style["color"], markeredgecolor="white", label=label)
                 label = None
         axes.set_xticks(range(len(folds)), [str(fold) for fold in folds])
-        axes.set(xlabel="Fold", ylabel=METRIC_WORDS.get(metric, metric), xlim=(-0.6, len(folds) - 0.4))
+        axes.set(xlabel="Fold", ylabel=words, xlim=(-0.6, len(folds) - 0.4))
         if metric in SHARES:
             axes.set_ylim(min(0.48, axes.get_ylim()[0]), 1.02)
         axes.grid(True, axis="y")

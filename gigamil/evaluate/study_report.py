@@ -178,7 +178,8 @@ def _target(task: Task, value: float) -> str:
 
 def _draw(folder: Path, pooled: Pooled, evaluation: StudyEvaluation) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    draw_folds(evaluation["per_run"], evaluation["metric"], evaluation["pooled"], folder / "folds.png")
+    metric = evaluation["metric"]
+    draw_folds(evaluation["per_run"], metric, metric_words(metric), evaluation["pooled"], folder / "folds.png")
     task: Task = pooled.task
     value_NP = pooled.value_SNP.mean(axis=0)
     if isinstance(task, Multiclass | Ordinal):
