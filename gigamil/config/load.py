@@ -199,9 +199,9 @@ def explain_problem(
     """
     key = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
-        near = _nearest(
-            ".".join(part for part in item["loc"] if isinstance(part, str)), list(known_keys(model, into_lists=True))
-        )
+        keys = list(known_keys(model, into_lists=True))
+        sections = dict.fromkeys(name.rpartition(".")[0] for name in keys if "." in name)
+        near = _nearest(".".join(part for part in item["loc"] if isinstance(part, str)), [*keys, *sections])
         return f"unknown key '{key}'" + (f"; did you mean '{near}'?" if near else f"; see {page}")
     if item["type"] == "missing":
         return f"{key} is missing"
@@ -210,10 +210,13 @@ def explain_problem(
 
 
 def _nearest(key: str, known: Sequence[str]) -> str | None:
+    leaf = key.rpartition(".")[2]
+    called_so = [name for name in known if name.rpartition(".")[2] == leaf]
+    if len(called_so) == 1:  # in another section
+        return called_so[0]
     whole = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
     if whole:
         return whole[0]
-    leaf = key.rpartition(".")[2]
     leaves = {name.rpartition(".")[2]: name for name in known}
     close = difflib.get_close_matches(leaf, list(leaves), n=1, cutoff=0.6)
     return leaves[close[0]] if close else None

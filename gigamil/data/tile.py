@@ -449,15 +449,18 @@ def _shown(crew: _Crew, total: int, num_done: int, wanted: bool) -> Iterator[Cal
         yield say
 
 
-def refuse_failures(report: TileReport, max_failed: int) -> None:
+def refuse_failures(report: TileReport, max_failed: int | None) -> None:
     """Refuse to go on when more slides are bad than allowed.
 
+    Args:
+        max_failed: so many may be; None: none may, and nobody can set it.
     Raises:
         SlideError: lists them.
     """
-    if len(report.bad) > max_failed:
+    if len(report.bad) > (max_failed or 0):
         lines = "\n".join("  " + row.line() for row in report.bad)
-        raise SlideError(
-            f"{len(report.bad)} slides have no tiles, more than slides.max_failed={max_failed}:\n{lines}\n"
-            "Mend or remove them, or set slides.max_failed."
-        )
+        more, cure = "", "Leave them out."
+        if max_failed is not None:
+            more = f", more than slides.max_failed={max_failed}"
+            cure = "Mend or remove them, or set slides.max_failed."
+        raise SlideError(f"{len(report.bad)} slides have no tiles{more}:\n{lines}\n{cure}")

@@ -10,6 +10,7 @@ from gigamil.data.cohort import load_cohort
 from gigamil.data.features import features_folder
 from gigamil.data.scan import slide_id_of
 from gigamil.data.tile import refuse_failures, tile_cohort
+from gigamil.errors import SlideError
 from gigamil.evaluate.features import cache_features
 from gigamil.train.cohort import TiledSlides, open_tiles
 from gigamil.train.stale import kind_of_features
@@ -40,8 +41,11 @@ def tile_new(config: RunConfig, files: Sequence[Path], folder: Path, mpp: float 
         folder: made if it is not there; gets slides.csv too. What is there of the same files is not done again.
         mpp: of files that carry none.
     Raises:
-        SlideError: a file has no tiles; names it and why.
+        SlideError: a file is not there, or has no tiles; names it and why.
     """
+    missing = [f"'{path}'" for path in files if not path.exists()]
+    if missing:
+        raise SlideError(f"no such slide: {', '.join(missing)}")
     folder.mkdir(parents=True, exist_ok=True)
     names = _distinct([slide_id_of(path.resolve().name) for path in files])
     paths = {name: path.resolve() for name, path in zip(names, files, strict=True)}
@@ -55,7 +59,7 @@ def tile_new(config: RunConfig, files: Sequence[Path], folder: Path, mpp: float 
     default_mpp = config.slides.default_mpp if mpp is None else mpp
     slides = config.slides.model_copy(update={"default_mpp": default_mpp})
     new = config.model_copy(update={"cohort": cohort, "slides": slides, "bookkeeping": book})
-    refuse_failures(tile_cohort(new, progress=config.bookkeeping.progress), 0)
+    refuse_failures(tile_cohort(new, progress=config.bookkeeping.progress), None)
     if config.data.source == "features":
         alone = config.execution.model_copy(update={"ranks": 1, "group_size": None})
         cache_features(new.model_copy(update={"execution": alone}), kind=kind_of_features(features_folder(config)))

@@ -12,7 +12,7 @@ import pytest
 import gigamil
 from gigamil.cli import main
 from gigamil.config.schema import RunConfig
-from gigamil.errors import CheckpointError, CohortError, ConfigError
+from gigamil.errors import CheckpointError, CohortError, ConfigError, SlideError
 from gigamil.evaluate.exported import load_exported
 from gigamil.pipeline import run_pipeline
 from gigamil.predict import load_model
@@ -136,6 +136,16 @@ def test_modules_of_a_model_travel_with_it(run: Path, tmp_path: Path) -> None:
     path.write_text(json.dumps(facts | {"plugins": ["no_such_module"]}))
     with pytest.raises(ConfigError, match="no_such_module"):
         load_exported(folder, device="cpu")
+
+
+def test_slides_that_cannot_be_predicted_are_named(cohort: Path, run: Path, tmp_path: Path) -> None:
+    bad, gone = tmp_path / "bad.tiff", tmp_path / "gone.tiff"
+    bad.write_bytes(b"no slide")
+    model = load_model(run, device="cpu")
+    with pytest.raises(SlideError, match=r"no such slide: '.*gone\.tiff'$"):
+        model.predict_all([bad, gone])
+    with pytest.raises(SlideError, match=r"1 slides have no tiles:\n +bad .*\nLeave them out\.$"):
+        model.predict(bad)
 
 
 def test_what_is_no_model_is_refused(run: Path, tmp_path: Path) -> None:

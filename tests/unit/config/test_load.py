@@ -149,6 +149,8 @@ def test_a_broken_override_is_refused(tmp_path: Path, words: list[str], message:
         ("execution.groupsize", "execution.group_size"),
         ("tile_px", "slides.tile_px"),
         ("slides.tilepx", "slides.tile_px"),
+        ("science.regmie", "science.regime"),
+        ("science.taks", "science.task"),
     ],
 )
 def test_an_unknown_key_is_answered_with_the_nearest(tmp_path: Path, key: str, nearest: str) -> None:
