@@ -27,7 +27,7 @@ from gigamil.config.schema import Execution
 from gigamil.doctor import Check, DoctorReport
 from gigamil.errors import ConfigError, EnvironmentFault, GigamilError
 from gigamil.files import appears
-from gigamil.parallel.meeting import Meeting, meet
+from gigamil.parallel.meeting import Meeting, end_process, meet
 from gigamil.parallel.speed import AllReduceSpeed, measure_all_reduce
 from gigamil.parallel.topology import Topology, detect_topology, export_topology, has_launcher, meeting_point
 from gigamil.train.handshake import code_digest
@@ -551,4 +551,4 @@ def _say(topology: Topology, message: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

@@ -9,15 +9,16 @@ import logging
 import math
 import os
 import socket
+import sys
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 import torch.distributed as dist
@@ -617,3 +618,16 @@ def _is_lost(word: bytes, silent_s: float, patience_s: float) -> bool:
 
 def _is_last(word: bytes) -> bool:
     return word == b"done" or word.startswith((b"left", b"gone"))
+
+
+def end_process(code: int) -> NoReturn:
+    """End this process with an exit code, without the end of the interpreter: all that matters is done and said.
+
+    A thread that comes back from torch's C++ while the interpreter ends, or an object of torch that is freed then, can abort the
+    process, and a rank that had finished would count as failed.
+    """
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # nobody reads any more
+            stream.flush()
+    os._exit(code)

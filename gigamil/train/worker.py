@@ -3,7 +3,6 @@
 import argparse
 import logging
 import os
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -18,7 +17,7 @@ from gigamil.config.load import load_config
 from gigamil.config.schema import RunConfig
 from gigamil.errors import EnvironmentFault, GigamilError, Interrupted, TrainingError
 from gigamil.lock import SAME_JOB_DEAD_AFTER_S, TOUCH_S, FolderInUse, folder_lock
-from gigamil.parallel.meeting import Meeting, meet
+from gigamil.parallel.meeting import Meeting, end_process, meet
 from gigamil.parallel.topology import Topology, detect_topology, export_topology, launcher_job, told_rank
 from gigamil.registry import import_plugins
 from gigamil.train.agree import FirstRankLost, StopSignals
@@ -223,4 +222,4 @@ def _own_log(folder: Path, topology: Topology) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

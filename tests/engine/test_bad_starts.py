@@ -132,3 +132,10 @@ def test_a_rank_that_never_comes_is_named(yaml: Path) -> None:
     assert codes == [4]
     assert "1 of 2 ranks came within 20 s" in printed[0]
     assert "without rank 1" in printed[0]
+
+
+def test_what_aborts_while_the_interpreter_ends_is_no_failure_of_the_run(yaml: Path, tmp_path: Path) -> None:
+    (tmp_path / "aborts.py").write_text("import atexit, os\natexit.register(os.abort)\n")
+    words = [str(yaml), "--science.epochs", "1", "--plugin", "aborts"]
+    codes, printed = _outcome(words, num_ranks=1, PYTHONPATH=str(tmp_path))
+    assert codes == [0], printed
