@@ -53,7 +53,12 @@ def auc(labels_N: ArrayLike, probs_NK: ArrayLike) -> float | None:
 
 
 def class_values(
-    labels_N: Ints, probs_NK: Floats, *, is_ordered: bool = False, threshold: float | None = None
+    labels_N: Ints,
+    probs_NK: Floats,
+    classes: Sequence[str],
+    *,
+    is_ordered: bool = False,
+    threshold: float | None = None,
 ) -> dict[str, Value]:
     """AUC, average precision, balanced accuracy, F1, Brier score, calibration error; of ordered classes quadratic kappa, too.
 
@@ -63,6 +68,7 @@ def class_values(
 
     Args:
         labels_N, probs_NK: checked (`checked_classes`).
+        classes: their names, for reasons.
         is_ordered: classes have an order; adds `kappa`.
         threshold: of a binary task: adds `f1_at_threshold`, where a slide is positive from this probability on.
     """
@@ -73,13 +79,13 @@ def class_values(
     names = ["auc", "auprc", "balanced_accuracy", "f1", *(["f1_at_threshold"] if threshold is not None else [])]
     values: dict[str, Value] = {}
     if missing:
-        values |= dict.fromkeys(names, f"no slide of class number {', '.join(map(str, missing))}")
+        values |= dict.fromkeys(names, f"no slide of class {', '.join(repr(classes[k]) for k in missing)}")
     else:
-        classes = _reported_classes(num_classes)
+        shown = _reported_classes(num_classes)
         values["auc"] = _mean_over_classes("roc_auc_score", labels_N, probs_NK)
         values["auprc"] = _mean_over_classes("average_precision_score", labels_N, probs_NK)
         values["balanced_accuracy"] = float(balanced_accuracy_score(labels_N, predicted_N))
-        values["f1"] = float(f1_score(labels_N, predicted_N, labels=classes, average="macro", zero_division=0.0))
+        values["f1"] = float(f1_score(labels_N, predicted_N, labels=shown, average="macro", zero_division=0.0))
         if threshold is not None:
             values["f1_at_threshold"] = float(f1_score(labels_N, probs_NK[:, 1] >= threshold, zero_division=0.0))
     if not len(labels_N):

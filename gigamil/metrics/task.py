@@ -37,7 +37,9 @@ def measure_of(task: Task, target_NX: Floats, predicted_NP: Floats, threshold: f
     if isinstance(task, Multiclass | Ordinal):
         labels_N, probs_NK = checked_classes(target_NX[:, 0], predicted_NP)
         is_ordered = isinstance(task, Ordinal)
-        return lambda row_N: class_values(labels_N[row_N], probs_NK[row_N], is_ordered=is_ordered, threshold=threshold)
+        return lambda row_N: class_values(
+            labels_N[row_N], probs_NK[row_N], task.classes, is_ordered=is_ordered, threshold=threshold
+        )
     if isinstance(task, Multilabel):
         return lambda row_N: label_values(target_NX[row_N], predicted_NP[row_N], task.labels)
     if isinstance(task, Regression):

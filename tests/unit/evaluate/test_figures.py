@@ -14,7 +14,7 @@ from gigamil.evaluate.history import History
 from gigamil.metrics.bootstrap import Estimate
 
 KNOWN = Estimate(value=0.9, ci=[0.8, 1.0])
-UNKNOWN = Estimate(value=None, ci=None, reason="no slide of class number 1")
+UNKNOWN = Estimate(value=None, ci=None, reason="no slide of class 'tumour'")
 
 
 def fake(num_slides: int, num_classes: int) -> tuple[np.ndarray, np.ndarray, list[str]]:

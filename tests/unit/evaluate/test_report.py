@@ -196,7 +196,7 @@ def test_an_undefined_metric_is_reported_as_such(run: Path, predictions: Predict
     assert found["splits"]["test"]["metrics"]["auc"]["value"] is None
     text = report_of(run).text
     assert "AUC undefined" in text
-    assert "no slide of class number 1" in text
+    assert "no slide of class 'tumour'" in text
 
 
 def test_many_classes_show_one_probability(run: Path) -> None:

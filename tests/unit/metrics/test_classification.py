@@ -44,7 +44,7 @@ def test_auc_by_hand() -> None:
 @pytest.mark.parametrize("seed", range(4))
 def test_values_are_those_of_scikit_learn(num_classes: int, seed: int) -> None:
     labels, probs = cohort(40, num_classes, seed)
-    predicted, found = probs.argmax(axis=1), class_values(labels, probs, is_ordered=True)
+    predicted, found = probs.argmax(axis=1), class_values(labels, probs, "abcde"[:num_classes], is_ordered=True)
     if num_classes == 2:
         area, average = roc_auc_score(labels, probs[:, 1]), "binary"
         precision, brier = average_precision_score(labels, probs[:, 1]), brier_score_loss(labels, probs[:, 1])
@@ -64,17 +64,18 @@ def test_values_are_those_of_scikit_learn(num_classes: int, seed: int) -> None:
 def test_a_class_without_slides_is_undefined_with_a_reason(labels: list[int]) -> None:
     probs = np.full((len(labels), 3), 1 / 3)
     assert auc(labels, probs) is None
-    found = class_values(*checked_classes(labels, probs), is_ordered=True)
+    found = class_values(*checked_classes(labels, probs), "abc", is_ordered=True)
     over_classes = ("auc", "auprc", "balanced_accuracy", "f1")
     assert set(found) == {*over_classes, "kappa", "brier", "ece"}
-    assert all("no slide of class number" in str(found[name]) for name in over_classes)
+    missing = ", ".join(repr(name) for number, name in enumerate("abc") if number not in labels)
+    assert all(found[name] == f"no slide of class {missing}" for name in over_classes)
     assert all((found[name] == "no slide") == (not labels) for name in ("brier", "ece", "kappa"))
 
 
 def test_kappa_of_grades_of_which_one_has_no_slide() -> None:
     labels = np.array([0, 1, 2, 0, 1, 2])
-    assert class_values(labels, np.eye(4)[labels], is_ordered=True)["kappa"] == 1.0
-    alike = class_values(np.zeros(3, dtype=np.int64), np.eye(4)[[0, 0, 0]], is_ordered=True)
+    assert class_values(labels, np.eye(4)[labels], "abcd", is_ordered=True)["kappa"] == 1.0
+    alike = class_values(np.zeros(3, dtype=np.int64), np.eye(4)[[0, 0, 0]], "abcd", is_ordered=True)
     assert alike["kappa"] == "all slides are of one class, and predicted so"
     assert alike["brier"] == 0.0
 
@@ -120,7 +121,7 @@ class TestThreshold:
         scored = {t: f1_score(labels, probs >= t) for t in np.unique(probs)}
         assert found is not None
         assert scored[found] == max(scored.values())
-        values = class_values(labels, np.stack([1 - probs, probs], axis=1), threshold=found)
+        values = class_values(labels, np.stack([1 - probs, probs], axis=1), "ab", threshold=found)
         assert values["f1_at_threshold"] == pytest.approx(max(scored.values()))
 
     def test_one_class_alone_has_none(self) -> None:
