@@ -298,6 +298,7 @@ class _Model:
 
     Attributes:
         trained, fixed: bytes of parameters.
+        trained_encoder: of those that are trained, the encoder's.
         largest_group, largest_tensor: bytes of the largest parameter group, and parameter, that is updated.
         call, recomputed: encoder calls, without and with activation checkpointing, which is measured when it is asked
             for; None where it cannot be had.
@@ -312,6 +313,7 @@ class _Model:
 
     trained: int
     fixed: int
+    trained_encoder: int
     largest_group: int
     largest_tensor: int
     call: CallBytes
@@ -630,6 +632,7 @@ def _measure(
     return _Model(
         trained=trained_bytes,
         fixed=all_bytes - trained_bytes,
+        trained_encoder=sum(parameter.nbytes for parameter in model.encoder.parameters() if parameter.requires_grad),
         largest_group=max(sum(parameter.nbytes for parameter in group["params"]) for group in groups),
         largest_tensor=max(parameter.nbytes for parameter in trained),
         call=call,
@@ -896,6 +899,11 @@ def _predict(
     bucket = bucket_setting if on_gpu else min(bucket_setting, trained)  # a CPU's is resident only where it is used
     if stage == 3:
         states.append(Row("own part of the gradients, and their bucket", trained // ranks + bucket))
+    has_average = science.optim.ema is not None
+    if has_average:
+        states.append(Row("moving average", trained // (ranks if stage == 3 else 1), "science.optim.ema"))
+    if not on_gpu and model.trained_encoder:
+        states.append(Row("encoder as it was at the start", model.trained_encoder, "on rank 0, to tell its drift"))
     static = sum(row.bytes for row in states)
 
     tile_bytes = num_tiles * model.row_bytes
@@ -913,7 +921,7 @@ def _predict(
     reduction = {0: trained if not on_gpu else min(trained, 500_000_000 * 4), 1: bucket, 2: bucket, 3: 0}[stage]
     largest = model.largest_group // ranks if stage else model.largest_tensor
     update = (largest if stage else 0) + (0 if on_gpu else 2 * largest)  # AdamW without a fused kernel makes two
-    in_files = 0 if on_gpu else 3 * trained + model.fixed
+    in_files = 0 if on_gpu else (4 if has_average else 3) * trained + model.fixed
 
     kept_chunk, later = call.kept.at(area), call.later.at(area)
     rest = static + held + embeddings + head.memory + gradients + later + max(reduced + reduction, update)

@@ -119,6 +119,23 @@ def test_a_plan_of_a_run_whose_ranks_a_launcher_starts_asks_for_their_number() -
         plan_run(config(group_size=4), tiles=100, device_memory=8 * GB)
 
 
+def test_a_processor_holds_the_encoder_as_it_was() -> None:
+    plans = {device: plan_run(config(device=device), tiles=100, device_memory=8 * GB) for device in ("cpu", "auto")}
+    name = "encoder as it was at the start"
+    assert 0 < row(plans["cpu"], name) < row(plans["cpu"], "parameters")
+    assert plans["auto"].device == "cuda"
+    assert name not in [part.name for part in plans["auto"].rows]
+
+
+def test_a_moving_average_is_as_large_as_what_it_follows() -> None:
+    plain = config(zero_stage=3)
+    optim = plain.science.optim.model_copy(update={"ema": 0.99})
+    averaged = plain.model_copy(update={"science": plain.science.model_copy(update={"optim": optim})})
+    one, four = (plan_run(averaged, ranks=ranks, tiles=100, device_memory=8 * GB) for ranks in (1, 4))
+    assert row(four, "moving average") == row(one, "moving average") // 4 > 0
+    assert "moving average" not in [part.name for part in plan_run(plain, tiles=100, device_memory=8 * GB).rows]
+
+
 def test_partitioned_parameters_are_whole_within_a_step() -> None:
     two, three = (plan_run(config(zero_stage=stage), ranks=4, tiles=101, device_memory=8 * GB) for stage in (2, 3))
     whole = row(two, "parameters")
