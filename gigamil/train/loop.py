@@ -519,9 +519,10 @@ class Trainer:
             bad = [self._val.slide_ids[i] for i in torch.nonzero(~torch.isfinite(logits_SK).all(1)).flatten()]
             raise TrainingError(f"the prediction of validation slides {bad[:5]} is not finite")
         classes_S = self._task.class_numbers(self._val.target_SX)
-        health: dict[str, float | None] = dict(monitor.values([] if classes_S is None else (classes_S == 0).tolist()))
+        is_negative = [] if classes_S is None else (classes_S == 0).tolist()
+        health: dict[str, float | None] = dict(monitor.values(is_negative))
         if self._recorder is not None and self._evaluator.is_attention:
-            warning = self._attention.look(monitor)
+            warning = self._attention.look(monitor, is_negative)
             if warning is not None:
                 _log.warning("%s", warning)
         # Ranks on unlike processors could differ in the last bit, and then on early stopping.

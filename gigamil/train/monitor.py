@@ -78,10 +78,15 @@ class AttentionMonitor:
         """Slides of more than one tile in which one decides."""
         return sum(n < ONE_TILE and not math.isnan(e) for n, e in zip(self.tiles, self.entropy, strict=True))
 
-    @property
-    def num_even(self) -> int:
-        """Slides in which all tiles count alike."""
-        return sum(value > EVEN for value in self.entropy)
+    def num_even(self, is_negative: Sequence[bool]) -> tuple[int, int]:
+        """Slides in which all tiles count alike, and slides of more than one tile; without the negative ones, where that is right.
+
+        Args:
+            is_negative: of each slide, in the order in which they were added; empty if the task does not tell.
+        """
+        negative = is_negative or [False] * len(self.entropy)
+        known = [value for value, is_one in zip(self.entropy, negative, strict=True) if not is_one]
+        return sum(value > EVEN for value in known), sum(not math.isnan(value) for value in known)
 
 
 class AttentionWatch:
@@ -91,11 +96,16 @@ class AttentionWatch:
         self._even_in_a_row = 0
         self._said: set[str] = set()
 
-    def look(self, monitor: AttentionMonitor) -> str | None:
-        """The warning after a validation; None if all is well, or it was said before."""
+    def look(self, monitor: AttentionMonitor, is_negative: Sequence[bool]) -> str | None:
+        """The warning after a validation; None if all is well, or it was said before.
+
+        Args:
+            is_negative: of each slide, in the order in which they were added; empty if the task does not tell.
+        """
         known = monitor.num_known
         is_single = known > 1 and monitor.num_single >= MOST * known
-        is_even = known > 1 and monitor.num_even >= MOST * known
+        num_even, choosing = monitor.num_even(is_negative)
+        is_even = choosing > 1 and num_even >= MOST * choosing
         self._even_in_a_row = self._even_in_a_row + 1 if is_even else 0
         if is_single and self._is_new("single"):
             return (
@@ -104,9 +114,10 @@ class AttentionWatch:
             )
         # Before anything is learned all count alike.
         if self._even_in_a_row >= LONG and self._is_new("even"):
+            which = " that are not of the first class" if any(is_negative) else ""
             return (
-                f"attention does not choose: for {LONG} epochs all tiles have counted alike in most validation slides (now in "
-                f"{monitor.num_even} of {known}). Raise science.optim.lr_head, or let the head learn first "
+                f"attention does not choose: for {LONG} epochs all tiles have counted alike in most validation slides{which} (now in "
+                f"{num_even} of {choosing}). Raise science.optim.lr_head, or let the head learn first "
                 "(science.optim.freeze_encoder_epochs)."
             )
         return None

@@ -52,29 +52,44 @@ SOME = [0.4, 0.3, 0.2, 0.1]
 
 def test_says_once_where_one_tile_decides_in_most_slides() -> None:
     watch = AttentionWatch()
-    assert watch.look(noted(TINY, SOME, SOME)) is None
-    warning = watch.look(noted(TINY, TINY, SOME))
+    assert watch.look(noted(TINY, SOME, SOME), []) is None
+    warning = watch.look(noted(TINY, TINY, SOME), [])
     assert warning is not None
     assert "collapsed: in 2 of 3 validation slides a single tile decides" in warning
-    assert watch.look(noted(TINY, TINY, SOME)) is None
+    assert watch.look(noted(TINY, TINY, SOME), []) is None
 
 
 def test_says_once_where_all_tiles_count_alike_for_long() -> None:
     watch = AttentionWatch()
     for _ in range(LONG - 1):
-        assert watch.look(noted(EVEN, EVEN, SOME)) is None
-    assert watch.look(noted(SOME, EVEN, SOME)) is None  # it chooses after all
+        assert watch.look(noted(EVEN, EVEN, SOME), []) is None
+    assert watch.look(noted(SOME, EVEN, SOME), []) is None  # it chooses after all
     for _ in range(LONG - 1):
-        assert watch.look(noted(EVEN, EVEN, SOME)) is None
-    warning = watch.look(noted(EVEN, EVEN, SOME))
+        assert watch.look(noted(EVEN, EVEN, SOME), []) is None
+    warning = watch.look(noted(EVEN, EVEN, SOME), [])
     assert warning is not None
     assert "in most validation slides (now in 2 of 3)" in warning
-    assert watch.look(noted(EVEN, EVEN, SOME)) is None
+    assert watch.look(noted(EVEN, EVEN, SOME), []) is None
+
+
+def test_even_attention_is_right_in_negative_slides() -> None:
+    watch, is_negative = AttentionWatch(), [True, False, True, False]
+    assert all(watch.look(noted(EVEN, SOME, EVEN, SOME), is_negative) is None for _ in range(2 * LONG))
+    for _ in range(LONG - 1):
+        assert watch.look(noted(SOME, EVEN, SOME, SOME), is_negative) is None
+    warning = watch.look(noted(SOME, EVEN, SOME, EVEN), is_negative)
+    assert warning is not None
+    assert "in most validation slides that are not of the first class (now in 2 of 2)" in warning
+
+
+def test_one_slide_that_is_not_negative_is_too_few_to_tell() -> None:
+    watch = AttentionWatch()
+    assert all(watch.look(noted(EVEN, EVEN, [1.0]), [True, False, False]) is None for _ in range(2 * LONG))
 
 
 def test_slides_of_one_tile_say_nothing() -> None:
     watch = AttentionWatch()
-    assert all(watch.look(noted([1.0], [1.0], [1.0])) is None for _ in range(2 * LONG))
+    assert all(watch.look(noted([1.0], [1.0], [1.0]), []) is None for _ in range(2 * LONG))
     assert AttentionMonitor().values([]) == {}
 
 
