@@ -904,6 +904,9 @@ def _predict(
         states.append(Row("moving average", trained // (ranks if stage == 3 else 1), "science.optim.ema"))
     if not on_gpu and model.trained_encoder:
         states.append(Row("encoder as it was at the start", model.trained_encoder, "on rank 0, to tell its drift"))
+    is_taught = science.regime.name in ("coupled", "taught")
+    if is_taught:
+        states.append(Row("teacher", everything, f"science.regime={science.regime.name}: whole on every rank"))
     static = sum(row.bytes for row in states)
 
     tile_bytes = num_tiles * model.row_bytes
@@ -931,6 +934,8 @@ def _predict(
     rest += 0 if on_gpu else process
     budget = _budget(execution.memory_budget, available, rest)
     memory = execution.memory if shared is None else memory_of_shared(config, len(step.groups))
+    if is_taught:
+        memory = "replay"  # a student's loss is one of single tiles: no chunk waits for the others
     num_kept = min(num_chunks, chunks_to_keep(memory, kept_chunk, budget)) if model.has_encoder else 0
     if model.blocks is None and shared is None:
         kept_tiles = min(num_tiles, num_kept * chunk)

@@ -136,6 +136,16 @@ def test_a_moving_average_is_as_large_as_what_it_follows() -> None:
     assert "moving average" not in [part.name for part in plan_run(plain, tiles=100, device_memory=8 * GB).rows]
 
 
+@pytest.mark.parametrize("regime", ["coupled", "taught"])
+def test_a_teacher_is_whole_on_every_rank_and_no_graph_is_kept(regime: str) -> None:
+    run = config(zero_stage=3, memory="keep").model_dump()
+    run["science"]["regime"] = {"name": regime}
+    one, four = (plan_run(RunConfig.model_validate(run), ranks=n, tiles=100, device_memory=8 * GB) for n in (1, 4))
+    assert row(four, "teacher") == row(one, "teacher") == row(one, "parameters") // 2 > 0
+    assert (row(one, "kept graphs"), one.cost) == (0, 4)  # a forward of the teacher, and three of the student
+    assert "teacher" not in [part.name for part in plan_run(config(), tiles=100, device_memory=8 * GB).rows]
+
+
 def test_partitioned_parameters_are_whole_within_a_step() -> None:
     two, three = (plan_run(config(zero_stage=stage), ranks=4, tiles=101, device_memory=8 * GB) for stage in (2, 3))
     whole = row(two, "parameters")
